@@ -1,0 +1,80 @@
+# Two commands for a newcomer: `make demo` and `make test`. Both need Python >= 3.11 and make.
+
+PYTHON ?= python3
+VENV   := .venv
+BIN    := $(VENV)/bin
+MADE   := .made
+DEMO   := runs/demo
+SOURCES := manta.py $(shell find ps workers serving -name '*.py')
+TESTS   := $(shell find tests -name '*.py') $(wildcard configs/*.yaml) pyproject.toml
+
+.PHONY: demo test retest fast faults check lint types imports format install clean
+
+## demo: make data, train on 2 shards and 2 workers, export, serve, ask one lookup over HTTP
+demo: $(DEMO)/export/LATEST
+	@$(BIN)/manta serve $(DEMO)/export --port 8321 --check
+	@echo
+	@echo "Done: $(DEMO)/data (Parquet), $(DEMO)/metrics.jsonl, $(DEMO)/export (versioned tables)."
+	@echo "Next:"
+	@echo "  $(BIN)/manta serve $(DEMO)/export                  # keep it running, then elsewhere:"
+	@echo "  $(BIN)/manta lookup user=1,2 item=7,8              # ask it"
+	@echo "  $(BIN)/manta train configs/demo.yaml --set train.epochs=10 --set cluster.shards=3"
+	@echo "  open http://127.0.0.1:8000/docs                    # its HTTP interface"
+
+$(DEMO)/data/dataset.json: $(MADE)/installed $(wildcard workers/prepare/*.py)
+	@$(BIN)/manta prepare synthetic movielens $(DEMO)/data --rows 100000 --seed 1
+
+$(DEMO)/export/LATEST: $(DEMO)/data/dataset.json configs/demo.yaml $(SOURCES)
+	@$(BIN)/manta train configs/demo.yaml
+	@touch $@
+
+## test: install what is missing and run the test suite (nothing to do if nothing changed)
+test: $(MADE)/tested
+	@echo "tests passed for exactly these sources; 'make retest' runs them again"
+
+retest:
+	@rm -f $(MADE)/tested
+	@$(MAKE) --no-print-directory test
+
+$(MADE)/tested: $(MADE)/installed-dev $(SOURCES) $(TESTS)
+	$(BIN)/pytest
+	@touch $@
+
+## fast: unit tests only, seconds
+fast: $(MADE)/installed-dev
+	$(BIN)/pytest -q tests/unit ps workers serving
+
+## check: what CI runs
+check: lint types imports test
+
+lint: $(MADE)/installed-dev
+	$(BIN)/ruff check .
+	$(BIN)/ruff format --check .
+
+types: $(MADE)/installed-dev
+	$(BIN)/mypy
+
+imports: $(MADE)/installed-dev
+	$(BIN)/lint-imports
+
+format: $(MADE)/installed-dev
+	$(BIN)/ruff check --fix .
+	$(BIN)/ruff format .
+
+## install: the virtual environment with everything needed to train and serve
+install: $(MADE)/installed
+
+$(VENV)/bin/python:
+	@$(PYTHON) -c 'import sys; assert sys.version_info >= (3, 11), "Python >= 3.11 is needed"'
+	$(PYTHON) -m venv $(VENV)
+
+$(MADE)/installed: pyproject.toml requirements.lock | $(VENV)/bin/python
+	$(BIN)/pip install --quiet --disable-pip-version-check -c requirements.lock -e '.[train]'
+	@mkdir -p $(MADE) && touch $@
+
+$(MADE)/installed-dev: $(MADE)/installed
+	$(BIN)/pip install --quiet --disable-pip-version-check -c requirements.lock -e '.[dev]'
+	@mkdir -p $(MADE) && touch $@
+
+clean:
+	rm -rf $(VENV) $(MADE) $(DEMO) build *.egg-info .pytest_cache .mypy_cache .ruff_cache

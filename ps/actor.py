@@ -1,0 +1,89 @@
+"""`ShardServer`: the Ray shell of `ShardState`. It forwards and decides nothing."""
+
+from __future__ import annotations
+
+import asyncio
+from collections.abc import Callable
+from typing import TypeVar
+
+import numpy as np
+
+from ps.export import RowFile, write_rows
+from ps.messages import Pull, Push, Rows, ShardStats
+from ps.ordering import InOrder
+from ps.ragged import F32
+from ps.shard import ShardSpec, ShardState
+from ps.warm import warm_up
+
+T = TypeVar("T")
+
+
+class ShardServer:
+    """Ray actor around one shard.
+
+    A restarted actor has lost its rows; it answers pulls and pushes with `ShardNotReadyError`
+    until `set_dense` marks it ready, which only the driver that starts a job does.
+    """
+
+    def __init__(self, spec: ShardSpec) -> None:
+        warm_up(spec)
+        self._state = ShardState(spec)
+        self._inbox = InOrder()
+
+    async def set_dense(self, dense: F32, state: F32) -> None:
+        """See `ShardState.set_dense`."""
+        self._state.set_dense(dense, state)
+
+    async def pull(self, number: int, pull: Pull) -> Rows:
+        """See `ShardState.pull`; `number` counts this worker's calls to this shard."""
+        answer: asyncio.Future[Rows] = asyncio.get_running_loop().create_future()
+        call = lambda: self._state.pull(pull, answer.set_result)  # noqa: E731
+        self._inbox.deliver(pull.worker, number, _into(answer, call))
+        return await answer
+
+    async def push(self, number: int, push: Push) -> None:
+        """See `ShardState.push`."""
+        done: asyncio.Future[None] = asyncio.get_running_loop().create_future()
+
+        def call() -> None:
+            self._state.push(push)
+            done.set_result(None)
+
+        self._inbox.deliver(push.worker, number, _into(done, call))
+        await done
+
+    async def stats(self) -> ShardStats:
+        """See `ShardState.stats`."""
+        return self._state.stats()
+
+    async def read(self, table: str) -> list[tuple[int, F32, dict[str, F32]]]:
+        """(first id, rows, slots) of every slab of a table: for tests and small tables."""
+        return [
+            (slab.first_id, rows.copy(), {name: slot.copy() for name, slot in slots.items()})
+            for slab, rows, slots in self._state.slabs(table)
+        ]
+
+    async def read_dense(self) -> tuple[F32, dict[str, F32], F32]:
+        """See `ShardState.dense`."""
+        dense, slots, state = self._state.dense()
+        return dense.copy(), {name: slot.copy() for name, slot in slots.items()}, state.copy()
+
+    async def write_export(self, table: str, file: RowFile) -> int:
+        """Write this shard's rows of a table into an export's file; returns their number."""
+        count = 0
+        for slab, rows, _ in self._state.slabs(table):
+            write_rows(file, slab.first_id, np.ascontiguousarray(rows))
+            count += slab.num_rows
+        return count
+
+
+def _into(future: asyncio.Future[T], call: Callable[[], None]) -> Callable[[], None]:
+    """The call, with an exception of it handed to the future that its sender awaits."""
+
+    def run() -> None:
+        try:
+            call()
+        except Exception as e:
+            future.set_exception(e)
+
+    return run

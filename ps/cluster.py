@@ -1,0 +1,53 @@
+"""Connecting to Ray: a cluster that is there, or one started for the life of a command."""
+
+from __future__ import annotations
+
+import logging
+import os
+from collections.abc import Iterator
+from contextlib import contextmanager
+
+import ray
+
+from ps.errors import JobError
+
+
+@contextmanager
+def ray_cluster(address: str | None, min_cpus: float) -> Iterator[None]:
+    """Connect to Ray for the body of a `with`.
+
+    Under `ray job submit`, or with an address, the cluster is joined as it is. Otherwise one is
+    started on this machine, bound to loopback, with at least `min_cpus` logical CPUs (so that a
+    small machine can run every actor, slower), and stopped at the end.
+
+    Raises:
+        JobError: no cluster at that address.
+    """
+    if ray.is_initialized():
+        yield
+        return
+    address = address or os.environ.get("RAY_ADDRESS")
+    try:
+        if address:
+            ray.init(address=address, log_to_driver=False, logging_level=logging.ERROR)
+        else:
+            _start_local(min_cpus)
+    except ConnectionError as e:
+        raise JobError(f"no Ray cluster at '{address}': {str(e).splitlines()[0]}") from None
+    try:
+        yield
+    finally:
+        ray.shutdown()
+
+
+def _start_local(min_cpus: float) -> None:
+    # User modules (`model.build: package.module:function`) are found from the current folder.
+    paths = [os.getcwd(), os.environ.get("PYTHONPATH", "")]
+    ray.init(
+        address="local",
+        num_cpus=max(os.cpu_count() or 1, int(min_cpus + 0.999)),
+        include_dashboard=False,
+        log_to_driver=False,
+        logging_level=logging.ERROR,
+        runtime_env={"env_vars": {"PYTHONPATH": os.pathsep.join(p for p in paths if p)}},
+    )

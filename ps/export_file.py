@@ -1,0 +1,158 @@
+"""The Arrow file of one exported table: allocate it, write rows into it, map it.
+
+An Arrow IPC file, uncompressed, with one record batch of one column `row`, FixedSizeList<float32>
+[D]. Its body is one contiguous [V, D] array in id order, which shards fill in parallel with
+`write_rows` and readers map; pandas, polars and DuckDB read it without us. This module knows no
+manifest and no version: see `ps.export`.
+"""
+
+from __future__ import annotations
+
+import errno
+import io
+import os
+from collections.abc import Iterator
+from contextlib import contextmanager
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any, cast
+
+import numpy as np
+import pyarrow as pa
+
+from ps.errors import ExportError
+from ps.ragged import F32
+
+_HOLE_BYTES = 1 << 20
+
+
+@dataclass(frozen=True, slots=True)
+class RowFile:
+    """Where the rows of a table lie in its file; travels to the shards that write them."""
+
+    path: str
+    data_offset: int
+    """Byte at which row 0 starts."""
+    num_rows: int
+    dim: int
+
+
+def row_schema(dim: int) -> pa.Schema:
+    """The Arrow schema of a table file."""
+    return pa.schema([("row", pa.list_(pa.float32(), dim))])
+
+
+def write_rows(row_file: RowFile, first_id: int, rows_ND: F32) -> None:
+    """Write rows first_id … first_id + N - 1 in place. Any number of processes may do so at once.
+
+    Args:
+        row_file: from `ExportWriter.row_file`.
+        first_id: id of `rows_ND[0]`.
+        rows_ND: float32 [N, D].
+
+    Raises:
+        ExportError: wrong dtype or shape, rows outside the table, or the disk refuses.
+    """
+    where = f"'{row_file.path}'"
+    if rows_ND.dtype != np.float32 or rows_ND.ndim != 2 or rows_ND.shape[1] != row_file.dim:
+        raise ExportError(
+            f"{where}: rows must be float32 [N, {row_file.dim}], "
+            f"got {rows_ND.dtype} {list(rows_ND.shape)}"
+        )
+    last = first_id + rows_ND.shape[0]
+    if first_id < 0 or last > row_file.num_rows:
+        allowed = f"[0, {row_file.num_rows})"
+        raise ExportError(f"{where}: rows [{first_id}, {last}) are outside {allowed}")
+    if rows_ND.size == 0:
+        return
+    left = np.ascontiguousarray(rows_ND).data.cast("B")
+    offset = row_file.data_offset + first_id * row_file.dim * 4
+    with writing_export(row_file.path):
+        handle = os.open(row_file.path, os.O_WRONLY)
+        try:
+            while left:
+                written = os.pwrite(handle, left, offset)
+                left, offset = left[written:], offset + written
+        finally:
+            os.close(handle)
+
+
+class _HoleWriter(io.FileIO):
+    """Leaves out what is long, which is the zeros of a new table: the file system has them."""
+
+    def write(self, data: Any) -> int:
+        size = memoryview(data).nbytes
+        if size < _HOLE_BYTES:
+            return super().write(data)
+        self.seek(size, os.SEEK_CUR)
+        return size
+
+
+def allocate(path: Path, num_rows: int, dim: int) -> RowFile:
+    """Make the file of a table of zeros [V, D], without holding it in memory."""
+    num_values = num_rows * dim
+    zeros = path.with_suffix(".zeros")
+    with zeros.open("wb") as file:
+        file.truncate(num_values * 4)
+    with pa.memory_map(str(zeros)) as source:
+        values = pa.Array.from_buffers(
+            pa.float32(), num_values, [None, source.read_buffer(num_values * 4)], null_count=0
+        )
+        rows = pa.FixedSizeListArray.from_arrays(values, dim)
+        batch = pa.record_batch([rows], schema=row_schema(dim))
+        options = pa.ipc.IpcWriteOptions(allow_64bit=True)
+        with (
+            _HoleWriter(path, "w") as sink,
+            pa.ipc.new_file(sink, batch.schema, options=options) as out,
+        ):
+            out.write_batch(batch)
+    zeros.unlink()
+    _reserve(path)
+    return RowFile(str(path), _data_offset(path), num_rows, dim)
+
+
+def _reserve(path: Path) -> None:
+    """Take the disk space now, so that a full disk shows before hours of writing."""
+    with path.open("r+b") as file:
+        try:
+            os.posix_fallocate(file.fileno(), 0, path.stat().st_size)
+        except OSError as e:
+            if e.errno == errno.ENOSPC:
+                raise  # other errors: this file system cannot reserve, and that is all right
+
+
+def map_rows(path: Path, num_rows: int, dim: int) -> F32:
+    """The rows as a read-only float32 [V, D] array on the memory-mapped file.
+
+    Raises:
+        ExportError: it is not an Arrow file, or not of this shape.
+    """
+    try:
+        reader = pa.ipc.open_file(pa.memory_map(str(path)))
+        if not reader.schema.equals(row_schema(dim)):
+            raise ExportError(f"'{path}': expected {row_schema(dim)}, got {reader.schema}")
+        if reader.num_record_batches != 1:
+            raise ExportError(f"'{path}': {reader.num_record_batches} record batches, expected 1")
+        column = reader.get_batch(0).column(0)
+    except (OSError, pa.ArrowInvalid) as e:
+        raise ExportError(f"'{path}' is not an Arrow file: {e}") from e
+    if len(column) != num_rows or column.null_count or column.values.null_count:
+        raise ExportError(f"'{path}': {len(column)} rows, expected {num_rows} without nulls")
+    rows: F32 = column.values.to_numpy(zero_copy_only=True).reshape(num_rows, dim)
+    return rows
+
+
+def _data_offset(path: Path) -> int:
+    with pa.memory_map(str(path)) as source:
+        start = source.read_buffer(1).address
+        column = pa.ipc.open_file(source).get_batch(0).column(0)
+        return cast(int, column.values.buffers()[1].address - start)
+
+
+@contextmanager
+def writing_export(path: Path | str) -> Iterator[None]:
+    """Turns what the disk refuses into an `ExportError` about `path`."""
+    try:
+        yield
+    except OSError as e:
+        raise ExportError(f"cannot write export '{path}': {e.strerror or e}") from e

@@ -1,0 +1,163 @@
+"""Shard actors as a group: start them, carry messages to them, read and export their tables."""
+
+from __future__ import annotations
+
+from collections import deque
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass, replace
+from typing import Any
+
+import numpy as np
+import ray
+
+from ps.actor import ShardServer
+from ps.client import DEFAULT_TIMEOUT_S, PendingRows
+from ps.config import EmbeddingSpec
+from ps.errors import JobError
+from ps.export import ExportWriter
+from ps.messages import Pull, Push, Rows, ShardStats
+from ps.partition import Layout, slices
+from ps.ragged import F32
+from ps.shard import ShardSpec
+
+
+@dataclass(frozen=True, slots=True, eq=False)
+class TableState:
+    """A whole table in id order: for tests and small tables."""
+
+    rows: F32
+    slots: dict[str, F32]
+
+
+class RayTransport:
+    """Carries one worker's messages to shard actors (see `ps.client.Transport`)."""
+
+    MAX_UNANSWERED_STEPS = 4
+
+    def __init__(self, handles: Sequence[Any], timeout_s: float = DEFAULT_TIMEOUT_S) -> None:
+        self._handles = handles
+        self._timeout_s = timeout_s
+        self._numbers = [0] * len(handles)
+        self._pushes: deque[Any] = deque()
+
+    def pull(self, shard: int, pull: Pull) -> PendingRows:
+        """See `Transport.pull`."""
+        return _RayRows(self._handles[shard].pull.remote(self._next_number(shard), pull))
+
+    def push(self, shard: int, push: Push) -> None:
+        """See `Transport.push`."""
+        self._pushes.append(self._handles[shard].push.remote(self._next_number(shard), push))
+        if len(self._pushes) > self.MAX_UNANSWERED_STEPS * len(self._handles):
+            ray.get(self._pushes.popleft(), timeout=self._timeout_s)
+
+    def flush(self, timeout_s: float) -> None:
+        """See `Transport.flush`."""
+        ray.get(list(self._pushes), timeout=timeout_s)
+        self._pushes.clear()
+
+    def _next_number(self, shard: int) -> int:
+        self._numbers[shard] += 1
+        return self._numbers[shard] - 1
+
+
+class _RayRows:
+    def __init__(self, ref: Any) -> None:
+        self._ref = ref
+
+    def result(self, timeout_s: float) -> Rows:
+        rows: Rows = ray.get(self._ref, timeout=timeout_s)
+        return rows
+
+
+class ShardGroup:
+    """All shard actors of a job, as the driver sees them."""
+
+    def __init__(self, spec: ShardSpec, resources: Mapping[str, float], name: str) -> None:
+        """Create the actors; `spec.shard_id` is ignored, `resources` are per shard."""
+        self.spec = spec
+        self.embedding: EmbeddingSpec = spec.embedding
+        self.handles = [
+            ray.remote(ShardServer)
+            .options(
+                name=f"{name}-shard-{shard}",
+                num_cpus=resources.get("CPU", 0),
+                resources={k: v for k, v in resources.items() if k != "CPU"},
+                max_restarts=0,
+                max_concurrency=1000,
+            )
+            .remote(replace(spec, shard_id=shard))
+            for shard in range(spec.num_shards)
+        ]
+
+    def wait_ready(self, timeout_s: float) -> None:
+        """Wait until every shard is placed and its kernels are compiled.
+
+        Raises:
+            JobError: they are not, within the time.
+        """
+        try:
+            self.stats(timeout_s)
+        except ray.exceptions.GetTimeoutError:
+            raise JobError(
+                f"{self.spec.num_shards} shards were not ready within {timeout_s:g} s: "
+                f"the cluster has {_resources(ray.available_resources())} free of "
+                f"{_resources(ray.cluster_resources())}"
+            ) from None
+
+    def set_dense(self, dense: F32, state: F32) -> Layout:
+        """Cut the flat dense vectors into slices and hand them out; the shards are ready then."""
+        layout = Layout.of(self.embedding, self.spec.num_shards, dense.size, state.size)
+        parts = zip(
+            self.handles,
+            slices(dense, layout.dense_splits),
+            slices(state, layout.state_splits),
+            strict=True,
+        )
+        ray.get([h.set_dense.remote(d, s) for h, d, s in parts], timeout=DEFAULT_TIMEOUT_S)
+        return layout
+
+    def stats(self, timeout_s: float = DEFAULT_TIMEOUT_S) -> list[ShardStats]:
+        """Counters of every shard."""
+        stats: list[ShardStats] = ray.get(
+            [h.stats.remote() for h in self.handles], timeout=timeout_s
+        )
+        return stats
+
+    def read_table(self, table: str) -> TableState:
+        """A whole table with its slots, in id order."""
+        config = self.embedding.table(table)
+        shape = (config.vocabulary_size, config.dim)
+        rows = np.empty(shape, dtype=np.float32)
+        slots = {name: np.empty(shape, dtype=np.float32) for name in config.optimizer.slot_names}
+        for handle in self.handles:
+            for first_id, part, slot_parts in ray.get(
+                handle.read.remote(table), timeout=DEFAULT_TIMEOUT_S
+            ):
+                rows[first_id : first_id + len(part)] = part
+                for name, values in slot_parts.items():
+                    slots[name][first_id : first_id + len(part)] = values
+        return TableState(rows, slots)
+
+    def read_dense(self) -> tuple[F32, dict[str, F32], F32]:
+        """The flat dense vector, its slots, and the non-trainable vector."""
+        parts = ray.get([h.read_dense.remote() for h in self.handles], timeout=DEFAULT_TIMEOUT_S)
+        slots = {name: np.concatenate([p[1][name] for p in parts]) for name in parts[0][1]}
+        dense = np.concatenate([p[0] for p in parts])
+        return dense, slots, np.concatenate([p[2] for p in parts])
+
+    def write_tables(self, writer: ExportWriter) -> None:
+        """Let every shard write its rows of every table into an export."""
+        for table in self.embedding.tables:
+            file = writer.row_file(table.name)
+            counts = ray.get([h.write_export.remote(table.name, file) for h in self.handles])
+            assert sum(counts) == table.vocabulary_size, "every row belongs to one shard"
+
+    def stop(self) -> None:
+        """Kill the actors; their state is gone."""
+        for handle in self.handles:
+            ray.kill(handle)
+
+
+def _resources(found: Mapping[str, float]) -> dict[str, float]:
+    """Resources worth showing: without Ray's own per-node entries and byte counts."""
+    return {k: v for k, v in sorted(found.items()) if ":" not in k and "memory" not in k}

@@ -1,0 +1,126 @@
+"""`Ragged`: the ids (and weights) of one feature for a batch of examples, in CSR form.
+
+The only bag type in training, over HTTP and in the lookup. It knows no table and no combiner.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from dataclasses import dataclass
+
+import numpy as np
+import numpy.typing as npt
+
+from ps.errors import InputError
+
+I64 = npt.NDArray[np.int64]
+F32 = npt.NDArray[np.float32]
+
+
+@dataclass(frozen=True, slots=True, eq=False)
+class Ragged:
+    """Ids of B examples; example b owns `ids[row_splits[b]:row_splits[b + 1]]`."""
+
+    ids: I64
+    """int64 [N]; N ids of all examples, one after the other."""
+    row_splits: I64
+    """int64 [B + 1]; starts at 0, never falls, ends at N (TensorFlow's `row_splits`)."""
+    weights: F32 | None = None
+    """float32 [N], or None for all ones."""
+
+    def __post_init__(self) -> None:
+        object.__setattr__(self, "ids", as_ids(self.ids))
+        splits = as_ids(self.row_splits)
+        if splits.size < 1 or splits[0] != 0 or splits[-1] != self.ids.size:
+            raise InputError(
+                f"row_splits must start at 0 and end at the number of ids {self.ids.size}, "
+                f"got {splits[:1].tolist()} … {splits[-1:].tolist()}"
+            )
+        if np.any(np.diff(splits) < 0):
+            raise InputError("row_splits must not fall")
+        object.__setattr__(self, "row_splits", splits)
+        if self.weights is not None:
+            weights = as_weights(self.weights)
+            if weights.shape != self.ids.shape:
+                raise InputError(f"got {weights.size} weights for {self.ids.size} ids")
+            object.__setattr__(self, "weights", weights)
+
+    @property
+    def num_examples(self) -> int:
+        """B, the number of examples."""
+        return self.row_splits.size - 1
+
+    @classmethod
+    def from_lists(
+        cls,
+        ids: Sequence[Sequence[int]],
+        weights: Sequence[Sequence[float]] | None = None,
+    ) -> Ragged:
+        """Build from one list of ids (and one of weights) per example.
+
+        >>> Ragged.from_lists([[1, 2], [], [3]]).row_splits.tolist()
+        [0, 2, 2, 3]
+        """
+        splits = _splits(ids)
+        flat = as_ids([i for row in ids for i in row])
+        if weights is None:
+            return cls(flat, splits)
+        if not np.array_equal(_splits(weights), splits):
+            raise InputError("weights must have one value per id, in the same nesting")
+        return cls(flat, splits, as_weights([w for row in weights for w in row]))
+
+    @classmethod
+    def from_dense(cls, ids: npt.ArrayLike) -> Ragged:
+        """Build from ids [B]: exactly one id per example."""
+        flat = as_ids(ids)
+        return cls(flat, np.arange(flat.size + 1, dtype=np.int64))
+
+    def to_lists(self) -> list[list[int]]:
+        """The ids as one list per example."""
+        return [part.tolist() for part in np.split(self.ids, self.row_splits[1:-1])]
+
+    def slice(self, start: int, stop: int) -> Ragged:
+        """Examples start … stop - 1, without copying ids or weights."""
+        lo, hi = self.row_splits[start], self.row_splits[stop]
+        weights = None if self.weights is None else self.weights[lo:hi]
+        return Ragged(self.ids[lo:hi], self.row_splits[start : stop + 1] - lo, weights)
+
+
+def as_ids(values: npt.ArrayLike) -> I64:
+    """Values as a contiguous int64 [N] array.
+
+    Raises:
+        InputError: not one-dimensional, not integers, or an integer beyond int64.
+    """
+    try:
+        array = np.asarray(values)
+    except (OverflowError, ValueError) as e:
+        raise InputError(f"ids must be a flat list of integers: {e}") from None
+    if array.ndim != 1:
+        raise InputError(f"ids must have one dimension, got shape {list(array.shape)}")
+    if array.size == 0:
+        return np.zeros(0, dtype=np.int64)
+    if array.dtype.kind == "u" and array.max() > np.iinfo(np.int64).max:
+        raise InputError(f"id {array.max()} is beyond int64")
+    if array.dtype.kind not in "iu":
+        raise InputError(f"ids must be integers, got {array.dtype}")
+    return np.ascontiguousarray(array, dtype=np.int64)
+
+
+def as_weights(values: npt.ArrayLike) -> F32:
+    """Values as a contiguous float32 [N] array (TensorFlow documents this cast)."""
+    try:
+        array = np.asarray(values)
+    except ValueError as e:
+        raise InputError(f"weights must be a flat list of numbers: {e}") from None
+    if array.ndim != 1:
+        raise InputError(f"weights must have one dimension, got shape {list(array.shape)}")
+    if array.size and array.dtype.kind not in "iuf":
+        raise InputError(f"weights must be numbers, got {array.dtype}")
+    return np.ascontiguousarray(array, dtype=np.float32)
+
+
+def _splits(rows: Sequence[Sequence[object]]) -> I64:
+    splits = np.zeros(len(rows) + 1, dtype=np.int64)
+    np.cumsum([len(row) for row in rows], out=splits[1:])
+    return splits

@@ -1,0 +1,246 @@
+"""`ShardState`: one shard's rows, slots and dense slices, and when they may be read and changed.
+
+Pure: no Ray, clock, thread or disk. Version v is the state after v steps. The version t + 1 is made
+when the pushes of all workers for step t are in; they are summed by row in worker-rank order, so
+the result does not depend on which arrived first. A pull names the version it wants and is
+answered the moment that version is made, before anything later can be applied.
+"""
+
+from __future__ import annotations
+
+from collections import defaultdict
+from collections.abc import Callable, Iterator
+from dataclasses import dataclass
+from typing import Literal
+
+import numpy as np
+
+from ps.config import EmbeddingSpec, TableSpec
+from ps.errors import ProtocolError, ShardNotReadyError
+from ps.initializers import table_key
+from ps.kernels.combine import add_rows
+from ps.kernels.dedup import distinct_ids, first_out_of_range
+from ps.messages import Pull, Push, Rows, ShardStats
+from ps.optimizers import Optimizer, Rate, evaluate_rate
+from ps.partition import Layout, Slab
+from ps.ragged import F32, I64
+from ps.rowstore import RowStore
+
+Reduction = Literal["mean", "sum"]
+Reply = Callable[[Rows], None]
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class ShardSpec:
+    """Everything a shard needs to know to start."""
+
+    shard_id: int
+    num_shards: int
+    num_workers: int
+    embedding: EmbeddingSpec
+    dense_optimizer: Optimizer
+    reduction: Reduction = "mean"
+    """How the workers' gradients become one: their mean (default) or their sum."""
+    seed: int = 0
+
+
+class ShardState:
+    """One shard. Refuses pulls and pushes until `set_dense` has been called."""
+
+    def __init__(self, spec: ShardSpec) -> None:
+        self.spec = spec
+        self.version = 0
+        self._layout = Layout.of(spec.embedding, spec.num_shards)
+        self._tables = [self._new_table(table) for table in spec.embedding.tables]
+        self._dense: RowStore | None = None
+        self._state = np.zeros(0, dtype=np.float32)
+        self._next_step = [0] * spec.num_workers
+        self._pushes: defaultdict[int, dict[int, Push]] = defaultdict(dict)
+        self._waiting: list[tuple[Pull, Reply]] = []
+        self._rows_pulled = self._rows_pushed = self._duplicates = 0
+
+    def set_dense(self, dense: F32, state: F32) -> None:
+        """Give the shard its slices of the flat dense vectors; it is ready from then on."""
+        self._dense = RowStore(dense.reshape(1, -1).copy(), self.spec.dense_optimizer)
+        self._state = state.copy()
+
+    def pull(self, pull: Pull, reply: Reply) -> None:
+        """Answer through `reply`, at once or when the wanted version is made.
+
+        Raises:
+            ShardNotReadyError: no state yet.
+            ProtocolError: the version has gone by, or a row is not on this shard.
+        """
+        self._check_ready()
+        self._check_rows(pull.local_rows)
+        if pull.version < self.version:
+            raise ProtocolError(
+                f"shard {self.spec.shard_id}: worker {pull.worker} wants version {pull.version} "
+                f"for step {pull.step}, but the shard is at version {self.version}"
+            )
+        if pull.version == self.version:
+            reply(self._read(pull))
+        else:
+            self._waiting.append((pull, reply))
+
+    def push(self, push: Push) -> None:
+        """Take one worker's gradients; apply the step when all workers' are in.
+
+        A repeated push is dropped.
+
+        Raises:
+            ShardNotReadyError: no state yet.
+            ProtocolError: a step of this worker is missing in between, a row is not on this
+                shard, or an array has the wrong shape.
+        """
+        self._check_push(push)
+        expected = self._next_step[push.worker]
+        if push.step < expected:
+            self._duplicates += 1
+            return
+        if push.step > expected:
+            raise ProtocolError(
+                f"shard {self.spec.shard_id}: worker {push.worker} pushed step {push.step}, "
+                f"but step {expected} is next"
+            )
+        self._next_step[push.worker] = push.step + 1
+        self._pushes[push.step][push.worker] = push
+        while len(self._pushes.get(self.version, ())) == self.spec.num_workers:
+            self._apply(self._pushes.pop(self.version))
+            self.version += 1
+            self._answer_waiting()
+
+    def stats(self) -> ShardStats:
+        """Counters and sizes."""
+        return ShardStats(
+            shard_id=self.spec.shard_id,
+            version=self.version,
+            rows_pulled=self._rows_pulled,
+            rows_pushed=self._rows_pushed,
+            duplicates_dropped=self._duplicates,
+            num_rows=sum(len(table.rows) for table in self._tables),
+            size_bytes=sum(table.size_bytes for table in self._tables),
+        )
+
+    def slabs(self, table: str) -> Iterator[tuple[Slab, F32, dict[str, F32]]]:
+        """(slab, its rows, its slots) of a table, as views, in local order."""
+        store = self._store(table)
+        for slab in self._layout.placements[table].slabs(self.spec.shard_id):
+            span = slice(slab.first_local_row, slab.first_local_row + slab.num_rows)
+            yield slab, store.rows[span], {n: s[span] for n, s in store.slots.items()}
+
+    def dense(self) -> tuple[F32, dict[str, F32], F32]:
+        """Views of (trainable slice, its slots, non-trainable slice)."""
+        store = self._check_ready()
+        return store.rows[0], {name: slot[0] for name, slot in store.slots.items()}, self._state
+
+    def _check_ready(self) -> RowStore:
+        if self._dense is None:
+            raise ShardNotReadyError(f"shard {self.spec.shard_id} has no state yet")
+        return self._dense
+
+    def _check_rows(self, local_rows: tuple[I64, ...]) -> None:
+        # The kernels do not check bounds, so nothing may pass here that they cannot take.
+        if len(local_rows) != len(self._tables):
+            raise ProtocolError(
+                f"shard {self.spec.shard_id}: message has {len(local_rows)} tables, "
+                f"the shard has {len(self._tables)}"
+            )
+        for table, store, index in zip(
+            self.spec.embedding.tables, self._tables, local_rows, strict=True
+        ):
+            bad = first_out_of_range(index, len(store.rows))
+            if bad >= 0:
+                raise ProtocolError(
+                    f"shard {self.spec.shard_id}: table '{table.name}': local row {index[bad]} "
+                    f"is not in [0, {len(store.rows)})"
+                )
+
+    def _check_push(self, push: Push) -> None:
+        dense = self._check_ready()
+        self._check_rows(push.local_rows)
+        wanted = [
+            (index.size, table.dim)
+            for index, table in zip(push.local_rows, self.spec.embedding.tables, strict=True)
+        ]
+        seen = [grads.shape for grads in push.grads]
+        if seen != wanted or push.dense_grad.shape != (dense.rows.size,):
+            raise ProtocolError(
+                f"shard {self.spec.shard_id}: gradients of shapes {seen} and "
+                f"{push.dense_grad.shape}, wanted {wanted} and ({dense.rows.size},)"
+            )
+        if push.state is not None and push.state.shape != self._state.shape:
+            raise ProtocolError(
+                f"shard {self.spec.shard_id}: {push.state.size} non-trainable values, "
+                f"wanted {self._state.size}"
+            )
+
+    def _store(self, table: str) -> RowStore:
+        names = [t.name for t in self.spec.embedding.tables]
+        return self._tables[names.index(table)]
+
+    def _new_table(self, table: TableSpec) -> RowStore:
+        placement = self._layout.placements[table.name]
+        key = table_key(self.spec.seed, table.name)
+        num_rows = placement.num_local_rows(self.spec.shard_id)
+        rows = np.empty((num_rows, table.dim), dtype=np.float32)
+        for slab in placement.slabs(self.spec.shard_id):
+            ids = np.arange(slab.first_id, slab.first_id + slab.num_rows, dtype=np.int64)
+            span = slice(slab.first_local_row, slab.first_local_row + slab.num_rows)
+            rows[span] = table.initializer.rows(key, ids, table.dim)
+        return RowStore(rows, table.optimizer)
+
+    def _read(self, pull: Pull) -> Rows:
+        rows = tuple(
+            store.gather(local) for store, local in zip(self._tables, pull.local_rows, strict=True)
+        )
+        self._rows_pulled += sum(len(r) for r in rows)
+        dense = self._check_ready().rows[0].copy()
+        return Rows(self.version, rows, dense, self._state.copy())
+
+    def _answer_waiting(self) -> None:
+        due = [(p, reply) for p, reply in self._waiting if p.version == self.version]
+        self._waiting = [(p, reply) for p, reply in self._waiting if p.version != self.version]
+        for pull, reply in due:
+            reply(self._read(pull))
+
+    def _apply(self, pushes: dict[int, Push]) -> None:
+        ranked = [pushes[worker] for worker in range(self.spec.num_workers)]
+        rates: dict[Rate, float] = {}  # a callable is called once a step, however many share it
+        for i, store in enumerate(self._tables):
+            index, grads = self._reduce(
+                [p.local_rows[i] for p in ranked],
+                [p.grads[i] for p in ranked],
+                store.optimizer.use_gradient_accumulation,
+            )
+            self._rows_pushed += index.size
+            store.apply(index, grads, self._rate(store, rates))
+        dense = self._check_ready()
+        first = np.zeros(1, dtype=np.int64)
+        index, grads = self._reduce(
+            [first] * len(ranked), [p.dense_grad.reshape(1, -1) for p in ranked], True
+        )
+        dense.apply(index, grads, self._rate(dense, rates))
+        if ranked[0].state is not None:
+            self._state = ranked[0].state.copy()
+
+    def _rate(self, store: RowStore, known: dict[Rate, float]) -> float:
+        rate = store.optimizer.learning_rate
+        if rate not in known:
+            known[rate] = evaluate_rate(rate, self.version)
+        return known[rate]
+
+    def _reduce(self, indices: list[I64], grads: list[F32], accumulate: bool) -> tuple[I64, F32]:
+        """One gradient per row (or per contribution), summed in worker-rank order."""
+        if len(grads) == 1:
+            return indices[0], grads[0]
+        index = np.concatenate(indices)
+        total = np.concatenate(grads)
+        if accumulate:
+            unique, inverse = distinct_ids(index)
+            summed = np.zeros((unique.size, total.shape[1]), dtype=np.float32)
+            add_rows(total, inverse, summed)
+            index, total = unique, summed
+        if self.spec.reduction == "mean":
+            total *= np.float32(1.0 / len(grads))
+        return index, total

@@ -1,0 +1,1 @@
+"""What computes: input pipeline, dense TensorFlow model, step loop and training driver."""

@@ -1,0 +1,114 @@
+"""Arrow columns as NumPy: id bags with weights, and plain numbers.
+
+A missing id is no id: a null in an integer column gives an empty bag, a null list too, and a null
+inside a list is left out together with its weight.
+"""
+
+from __future__ import annotations
+
+from pathlib import Path
+
+import numpy as np
+import pyarrow as pa
+import pyarrow.compute as pc
+
+from ps.errors import DataError
+from ps.ragged import F32, I64, Ragged
+from workers.config import DataConfig, FeatureEntry
+
+
+def check_schema(
+    schema: pa.Schema, data: DataConfig, features: dict[str, FeatureEntry], path: Path
+) -> None:
+    """Check that every column a job names is there and has a usable type.
+
+    Raises:
+        DataError: names the data set, the column, its type and the wanted type.
+    """
+    for name in (data.label, *data.dense):
+        kind = _type_of(schema, name, path)
+        if not (
+            pa.types.is_integer(kind) or pa.types.is_floating(kind) or pa.types.is_boolean(kind)
+        ):
+            raise DataError(f"data set {path}: column '{name}' is {kind}, wanted a number")
+    for name, feature in features.items():
+        column = feature.column or name
+        kind = _type_of(schema, column, path)
+        if not pa.types.is_integer(kind.value_type if _is_list(kind) else kind):
+            raise DataError(
+                f"data set {path}: column '{column}' of feature '{name}' is {kind}, "
+                "wanted integers or lists of integers"
+            )
+        if feature.weights is not None:
+            weights = _type_of(schema, feature.weights, path)
+            number = weights.value_type if _is_list(weights) else weights
+            if not (pa.types.is_integer(number) or pa.types.is_floating(number)):
+                raise DataError(
+                    f"data set {path}: column '{feature.weights}' with the weights of feature "
+                    f"'{name}' is {weights}, wanted numbers or lists of numbers"
+                )
+
+
+def number_column(table: pa.Table, column: str) -> F32:
+    """float32 [B] of a number column.
+
+    Raises:
+        DataError: a null.
+    """
+    values = table[column]
+    if values.null_count:
+        raise DataError(f"column '{column}' has {values.null_count} nulls, wanted numbers only")
+    numbers: F32 = values.cast(pa.float32()).to_numpy()
+    return numbers
+
+
+def bag_column(table: pa.Table, column: str, weight_column: str | None) -> Ragged:
+    """The ids of a column, and the weights of another, for B examples."""
+    ids, splits, valid = _flat(table, column)
+    weights: F32 | None = None
+    if weight_column is not None:
+        weights, weight_splits, weight_valid = _flat(table, weight_column)
+        if not np.array_equal(splits, weight_splits):
+            raise DataError(
+                f"columns '{column}' and '{weight_column}' differ in the length of their lists"
+            )
+        if not weight_valid.all():
+            raise DataError(f"column '{weight_column}' has null weights, wanted numbers only")
+        weights = weights.astype(np.float32)
+    if not valid.all():
+        kept = np.concatenate([[0], np.cumsum(valid)])
+        splits = kept[splits]
+        ids = ids[valid]
+        weights = None if weights is None else weights[valid]
+    return Ragged(ids.astype(np.int64, copy=False), splits, weights)
+
+
+def _flat(table: pa.Table, column: str) -> tuple[np.ndarray, I64, np.ndarray]:
+    """(values [N], row_splits [B + 1], bool [N]: not null) of a scalar or list column."""
+    array = table[column].combine_chunks()
+    if _is_list(array.type):
+        lengths = pc.fill_null(pc.list_value_length(array), 0).to_numpy(zero_copy_only=False)
+        splits = np.concatenate([[0], np.cumsum(lengths)]).astype(np.int64)
+        values = array.flatten()
+    else:
+        splits = np.arange(len(array) + 1, dtype=np.int64)
+        values = array
+    valid = np.ones(len(values), dtype=bool)
+    if values.null_count:
+        valid = values.is_valid().to_numpy(zero_copy_only=False)
+        values = values.fill_null(0)
+    return values.to_numpy(zero_copy_only=False), splits, valid
+
+
+def _is_list(kind: pa.DataType) -> bool:
+    return bool(
+        pa.types.is_list(kind) or pa.types.is_large_list(kind) or pa.types.is_fixed_size_list(kind)
+    )
+
+
+def _type_of(schema: pa.Schema, column: str, path: Path) -> pa.DataType:
+    if column not in schema.names:
+        raise DataError(
+            f"data set {path} has no column '{column}'; it has {', '.join(schema.names)}"
+        )
+    return schema.field(column).type

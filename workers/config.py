@@ -1,0 +1,205 @@
+"""A whole training run as one object: data, tables, features, model, training, cluster, output."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import Any, Literal
+
+from ps.config import Combiner, EmbeddingSpec, FeatureConfig, TableConfig, resolve
+from ps.errors import ConfigError
+from ps.initializers import Initializer
+from ps.loading import build, load_yaml
+from ps.optimizers import SGD, Optimizer
+
+Loss = Literal["mse", "bce"]
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class DataConfig:
+    """Where the examples are: Parquet files or folders."""
+
+    train: Path
+    test: Path | None = None
+    """Examples that the final metrics are computed on; None for no evaluation."""
+    label: str
+    """Number column that the model predicts."""
+    dense: tuple[str, ...] = ()
+    """Number columns that the model takes as they are, in this order."""
+    shuffle_rows: int = 262_144
+    """Rows that are held and mixed at a time; 0 keeps the order of the files."""
+
+    def __post_init__(self) -> None:
+        if self.shuffle_rows < 0:
+            raise ConfigError(f"shuffle_rows must be at least 0, got {self.shuffle_rows}")
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class TableEntry:
+    """One table; the keys are those of `TableConfig`."""
+
+    vocabulary_size: int
+    dim: int
+    combiner: Combiner = "mean"
+    initializer: Initializer | None = None
+    optimizer: Optimizer | None = None
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class FeatureEntry:
+    """One feature; the keys are those of `FeatureConfig`, and the columns it reads."""
+
+    table: str
+    column: str | None = None
+    """Integer or list-of-integers column; None is the feature's own name."""
+    weights: str | None = None
+    """List column with one weight per id, None for no weights."""
+    max_sequence_length: int = 0
+    validate_weights_and_indices: bool = True
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class ModelConfig:
+    """The dense model: one of ours by name, or `package.module:function` of your own."""
+
+    build: str
+    params: dict[str, Any] = field(default_factory=dict)
+    """Keyword arguments of the build function."""
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class TrainConfig:
+    """How to train."""
+
+    epochs: int = 1
+    batch_size: int = 1024
+    """Examples per step over all workers together."""
+    loss: Loss = "mse"
+    optimizer: Optimizer = field(default_factory=SGD)
+    """For tables without one of their own."""
+    dense_optimizer: Optimizer = field(default_factory=SGD)
+    """For the variables of the dense model."""
+    lookahead: int = 0
+    """Step t reads version t - lookahead of every row; 0 is strictly synchronous."""
+    reduction: Literal["mean", "sum"] = "mean"
+    """How the workers' gradients become one; each worker's loss is a mean over its batch."""
+    clip_predictions: tuple[float, ...] | None = None
+    """[low, high]: predictions are cut to this range in evaluation (ratings have one)."""
+    report_every: int = 50
+    """Steps between progress reports."""
+
+    def __post_init__(self) -> None:
+        for name in ("epochs", "batch_size", "report_every"):
+            if getattr(self, name) < 1:
+                raise ConfigError(f"{name} must be at least 1, got {getattr(self, name)}")
+        if not 0 <= self.lookahead <= 2:
+            raise ConfigError(f"lookahead must be 0, 1 or 2, got {self.lookahead}")
+        if self.clip_predictions is not None and len(self.clip_predictions) != 2:
+            raise ConfigError(
+                f"clip_predictions must be [low, high], got {list(self.clip_predictions)}"
+            )
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class ClusterConfig:
+    """How many actors, and what each asks of Ray."""
+
+    shards: int = 2
+    workers: int = 1
+    shard_resources: dict[str, float] = field(default_factory=lambda: {"CPU": 1.0})
+    worker_resources: dict[str, float] = field(default_factory=lambda: {"CPU": 1.0})
+    """`{TPU: 4}` puts each worker on a TPU host and runs the dense model under TPUStrategy."""
+    threads_per_worker: int = 1
+    """TensorFlow's threads per operation; 1 keeps results bit-identical from run to run."""
+    start_timeout_s: float = 180.0
+    step_timeout_s: float = 300.0
+
+    def __post_init__(self) -> None:
+        for name in ("shards", "workers", "threads_per_worker"):
+            if getattr(self, name) < 1:
+                raise ConfigError(f"{name} must be at least 1, got {getattr(self, name)}")
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class OutputConfig:
+    """What a run leaves behind."""
+
+    export: Path | None = None
+    """Export root; every finished run adds a version."""
+    metrics: Path | None = None
+    """JSON-lines file with one object per progress report and one at the end."""
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class JobConfig:
+    """One runnable job."""
+
+    name: str
+    seed: int = 0
+    data: DataConfig
+    tables: dict[str, TableEntry]
+    features: dict[str, FeatureEntry]
+    model: ModelConfig
+    train: TrainConfig = field(default_factory=TrainConfig)
+    cluster: ClusterConfig = field(default_factory=ClusterConfig)
+    output: OutputConfig = field(default_factory=OutputConfig)
+
+    def __post_init__(self) -> None:
+        if not self.features:
+            raise ConfigError("features: at least one is needed")
+        for name, feature in self.features.items():
+            if feature.table not in self.tables:
+                raise ConfigError(
+                    f"features.{name}.table: no table '{feature.table}'; "
+                    f"known: {', '.join(sorted(self.tables))}"
+                )
+            if feature.weights is not None and feature.max_sequence_length > 0:
+                raise ConfigError(f"features.{name}: a sequence feature takes no weights")
+        unused = set(self.tables) - {f.table for f in self.features.values()}
+        if unused:
+            raise ConfigError(f"tables.{min(unused)}: no feature uses this table")
+        if self.train.batch_size % self.cluster.workers:
+            raise ConfigError(
+                f"train.batch_size {self.train.batch_size} is not a multiple of "
+                f"cluster.workers {self.cluster.workers}"
+            )
+
+    @property
+    def worker_batch_size(self) -> int:
+        """Examples per step and worker."""
+        return self.train.batch_size // self.cluster.workers
+
+    def embedding_spec(self) -> EmbeddingSpec:
+        """Tables and features with every default filled in."""
+        tables = {
+            name: TableConfig(
+                vocabulary_size=t.vocabulary_size,
+                dim=t.dim,
+                initializer=t.initializer,
+                optimizer=t.optimizer,
+                combiner=t.combiner,
+                name=name,
+            )
+            for name, t in self.tables.items()
+        }
+        return resolve(
+            {
+                name: FeatureConfig(
+                    tables[f.table], f.max_sequence_length, f.validate_weights_and_indices
+                )
+                for name, f in self.features.items()
+            },
+            self.train.optimizer,
+        )
+
+
+def load_job(path: Path, overrides: Sequence[str] = ()) -> JobConfig:
+    """Read a job from YAML, with `--set` overrides.
+
+    Raises:
+        ConfigError: one line that names the key, what was seen and what is wanted.
+    """
+    job: JobConfig = build(JobConfig, load_yaml(path, overrides))
+    job.embedding_spec()
+    return job

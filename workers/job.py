@@ -1,0 +1,322 @@
+"""The training driver: start the actors, run the steps, evaluate, export, stop."""
+
+from __future__ import annotations
+
+import time
+from collections.abc import Callable, Iterator, Sequence
+from contextlib import contextmanager
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any, Protocol
+
+import numpy as np
+import ray
+
+from ps.errors import JobError, MantaError
+from ps.export import ExportWriter
+from ps.group import ShardGroup
+from ps.messages import ShardStats
+from ps.partition import Layout
+from ps.shard import ShardSpec
+from workers.batches import ExampleReader
+from workers.config import JobConfig
+from workers.metrics import evaluate
+from workers.step import StepReport
+from workers.worker import TrainWorker
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class JobPlan:
+    """What is about to run."""
+
+    job: JobConfig
+    train_rows: int
+    steps_per_epoch: int
+
+    @property
+    def total_steps(self) -> int:
+        """Steps of the whole run."""
+        return self.steps_per_epoch * self.job.train.epochs
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class Progress:
+    """One progress report: what happened since the one before."""
+
+    step: int
+    epoch: int
+    examples: int
+    """Examples since the start."""
+    loss: float
+    """Mean loss over the steps since the last report."""
+    examples_per_s: float
+    staleness: int
+    """Largest staleness seen since the last report, in steps."""
+    unique_ratio: float
+    """Distinct rows pulled per id looked up."""
+    pull_wait: float
+    """Part of the workers' time spent waiting for rows."""
+    dense: float
+    """Part of the workers' time spent in the dense step."""
+    shard_rows_per_s: tuple[float, ...]
+    """Rows pulled and updated per second, per shard."""
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class TrainResult:
+    """What a finished run did."""
+
+    steps: int
+    examples: int
+    train_s: float
+    metrics: dict[str, float]
+    """Metrics on the test data; empty without any."""
+    shards: tuple[ShardStats, ...]
+    export: Path | None
+    """The version folder that was written."""
+
+
+class Listener(Protocol):
+    """Who is told how a run goes on."""
+
+    def starting(self, plan: JobPlan) -> None:
+        """The input is readable and the cluster is being started."""
+        ...
+
+    def progress(self, progress: Progress) -> None:
+        """A number of steps is done."""
+        ...
+
+    def finished(self, result: TrainResult) -> None:
+        """All done."""
+        ...
+
+
+def plan_job(job: JobConfig) -> JobPlan:
+    """Open the input and count the steps; starts nothing.
+
+    Raises:
+        DataError: the data cannot be read, lacks a column, or is too small for one batch.
+    """
+    reader = ExampleReader(
+        job.data.train, job.data, job.features, num_workers=job.cluster.workers, seed=job.seed
+    )
+    steps = reader.steps_per_epoch(job.worker_batch_size)
+    if steps == 0:
+        raise JobError(
+            f"data set {job.data.train}: {reader.num_rows} rows do not fill one batch of "
+            f"{job.train.batch_size}"
+        )
+    if job.data.test is not None:
+        ExampleReader(job.data.test, job.data, job.features)
+    return JobPlan(job=job, train_rows=reader.num_rows, steps_per_epoch=steps)
+
+
+def train(
+    job: JobConfig, listeners: Sequence[Listener] = (), clock: Callable[[], float] = time.monotonic
+) -> TrainResult:
+    """Run a job on the connected Ray cluster, from the first step to the export.
+
+    Raises:
+        MantaError: bad input or configuration, or an actor that died; the actors are stopped and
+            nothing half-written stays behind.
+    """
+    plan = plan_job(job)
+    for listener in listeners:
+        listener.starting(plan)
+    with running(job) as run:
+        started = clock()
+        run.train(plan, listeners, clock)
+        train_s = clock() - started
+        metrics = run.evaluate(plan.total_steps)
+        result = TrainResult(
+            steps=plan.total_steps,
+            examples=plan.total_steps * job.train.batch_size,
+            train_s=train_s,
+            metrics=metrics,
+            shards=tuple(run.shards.stats()),
+            export=run.export(plan.total_steps),
+        )
+    for listener in listeners:
+        listener.finished(result)
+    return result
+
+
+@contextmanager
+def running(job: JobConfig) -> Iterator[Run]:
+    """The actors of a job, started; they are stopped at the end of the `with`."""
+    run = Run(job)
+    try:
+        with unwrapped():
+            run.start()
+            yield run
+    finally:
+        run.stop()
+
+
+class Run:
+    """The actors of a running job."""
+
+    def __init__(self, job: JobConfig) -> None:
+        self.job = job
+        self._layout: Layout | None = None
+        self.workers: list[Any] = []
+        self.shards = ShardGroup(
+            ShardSpec(
+                shard_id=0,
+                num_shards=job.cluster.shards,
+                num_workers=job.cluster.workers,
+                embedding=job.embedding_spec(),
+                dense_optimizer=job.train.dense_optimizer,
+                reduction=job.train.reduction,
+                seed=job.seed,
+            ),
+            job.cluster.shard_resources,
+            job.name,
+        )
+
+    def start(self) -> None:
+        """Start workers, give the shards their dense slices, and connect both."""
+        resources = self.job.cluster.worker_resources
+        self.workers = [
+            ray.remote(TrainWorker)
+            .options(
+                name=f"{self.job.name}-worker-{worker}",
+                num_cpus=resources.get("CPU", 0),
+                num_gpus=resources.get("GPU", 0),
+                resources={k: v for k, v in resources.items() if k not in ("CPU", "GPU")},
+            )
+            .remote(self.job, worker)
+            for worker in range(self.job.cluster.workers)
+        ]
+        timeout_s = self.job.cluster.start_timeout_s
+        self.shards.wait_ready(timeout_s)
+        setups = [worker.setup.remote() for worker in self.workers]
+        dense, state = self._gather(setups, timeout_s, "set up")[0]
+        self._layout = self.shards.set_dense(dense, state)
+        connects = [w.connect.remote(self.shards.handles, self._layout) for w in self.workers]
+        self._gather(connects, timeout_s, "connected")
+
+    def train(
+        self, plan: JobPlan, listeners: Sequence[Listener], clock: Callable[[], float]
+    ) -> None:
+        """Run all steps; the next bunch is always queued before the last one is waited for."""
+        every = self.job.train.report_every
+        bunches = [min(every, plan.total_steps - s) for s in range(0, plan.total_steps, every)]
+        stats, seen_at, done = self.shards.stats(), clock(), 0
+        queued = self._run_steps(bunches[0])
+        for i, steps in enumerate(bunches):
+            current = queued
+            if i + 1 < len(bunches):
+                queued = self._run_steps(bunches[i + 1])
+            reports = self._gather(current, self.job.cluster.step_timeout_s, f"done {steps} steps")
+            done += steps
+            now, now_stats = clock(), self.shards.stats()
+            progress = _progress(plan, done, reports, now - seen_at, stats, now_stats)
+            stats, seen_at = now_stats, now
+            for listener in listeners:
+                listener.progress(progress)
+
+    def evaluate(self, version: int) -> dict[str, float]:
+        """Metrics on the test data, {} without any."""
+        if self.job.data.test is None:
+            return {}
+        parts = self._gather(
+            [worker.evaluate.remote(version) for worker in self.workers],
+            self.job.cluster.step_timeout_s,
+            "evaluated",
+        )
+        labels, predictions = (np.concatenate(arrays) for arrays in zip(*parts, strict=True))
+        train = self.job.train
+        return evaluate(train.loss, labels, predictions, train.clip_predictions)
+
+    def export(self, step: int) -> Path | None:
+        """Write the tables and the dense model as a new export version."""
+        root = self.job.output.export
+        if root is None:
+            return None
+        dense, _, state = self.shards.read_dense()
+        with ExportWriter(
+            root.absolute(), self.shards.embedding, step=step, job=self.job.name
+        ) as writer:
+            self.shards.write_tables(writer)
+            named = ray.get(self.workers[0].variables.remote(dense, state))
+            writer.add_dense(
+                named, {"build": self.job.model.build, "params": self.job.model.params}
+            )
+            return writer.commit()
+
+    def stop(self) -> None:
+        """Kill all actors."""
+        for worker in self.workers:
+            ray.kill(worker)
+        self.shards.stop()
+
+    def _run_steps(self, steps: int) -> list[Any]:
+        return [worker.run.remote(steps) for worker in self.workers]
+
+    def _gather(self, refs: Sequence[Any], timeout_s: float, what: str) -> list[Any]:
+        """All results; raises the first error at once, even while others are still waiting."""
+        pending = list(refs)
+        deadline = time.monotonic() + timeout_s
+        while pending:
+            ready, pending = ray.wait(
+                pending, num_returns=1, timeout=max(0.0, deadline - time.monotonic())
+            )
+            if not ready:
+                raise JobError(
+                    f"{len(pending)} of {len(refs)} workers had not {what} after {timeout_s:g} s"
+                )
+            ray.get(ready)
+        results: list[Any] = ray.get(list(refs))
+        return results
+
+
+@contextmanager
+def unwrapped() -> Iterator[None]:
+    """Errors raised inside actors as they were raised there; a dead actor as a `JobError`."""
+    try:
+        yield
+    except ray.exceptions.RayTaskError as e:
+        cause: BaseException = e
+        while isinstance(cause, ray.exceptions.RayTaskError):
+            cause = cause.cause
+        if isinstance(cause, MantaError):
+            raise cause from None
+        if isinstance(cause, ray.exceptions.RayError):
+            raise JobError(_first_line(cause)) from None
+        raise JobError(f"a worker failed: {type(cause).__name__}: {_first_line(cause)}") from e
+    except ray.exceptions.RayActorError as e:
+        raise JobError(_first_line(e)) from None
+
+
+def _first_line(error: BaseException) -> str:
+    lines = [line.strip() for line in str(error).splitlines() if line.strip()]
+    return lines[0] if lines else type(error).__name__
+
+
+def _progress(
+    plan: JobPlan,
+    done: int,
+    reports: Sequence[StepReport],
+    elapsed_s: float,
+    before: Sequence[ShardStats],
+    after: Sequence[ShardStats],
+) -> Progress:
+    steps = sum(r.steps for r in reports)
+    total_s = sum(r.total_s for r in reports)
+    return Progress(
+        step=done,
+        epoch=(done - 1) // plan.steps_per_epoch + 1,
+        examples=done * plan.job.train.batch_size,
+        loss=sum(r.loss for r in reports) / steps,
+        examples_per_s=sum(r.examples for r in reports) / elapsed_s,
+        staleness=max(r.max_staleness for r in reports),
+        unique_ratio=sum(r.rows for r in reports) / max(1, sum(r.ids for r in reports)),
+        pull_wait=sum(r.pull_wait_s for r in reports) / total_s,
+        dense=sum(r.dense_s for r in reports) / total_s,
+        shard_rows_per_s=tuple(
+            (b.rows_pulled + b.rows_pushed - a.rows_pulled - a.rows_pushed) / elapsed_s
+            for a, b in zip(before, after, strict=True)
+        ),
+    )

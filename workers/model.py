@@ -1,0 +1,214 @@
+"""Dense models: what turns activations and number columns into one prediction per example.
+
+A model is anything callable as `model(activations, dense, training=…)` that returns `[B]` or
+`[B, 1]` and has `trainable_variables` and `non_trainable_variables` (a `tf.Module`, a Keras model).
+A build function makes it: `build(inputs: ModelInputs, **params)`; `two_tower` and `dlrm` are ours,
+`package.module:function` names your own. Predictions are values for `loss: mse` and logits for
+`loss: bce`.
+"""
+
+from __future__ import annotations
+
+import importlib
+import itertools
+from collections.abc import Callable, Mapping, Sequence
+from dataclasses import dataclass
+from typing import Any
+
+import numpy as np
+import tensorflow as tf
+
+from ps.errors import ConfigError
+from workers.config import ModelConfig
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class ModelInputs:
+    """What a build function may know of its inputs."""
+
+    activations: Mapping[str, tuple[int, ...]]
+    """Shape of each feature's activation without the batch: (D,), or (L, D) for sequences."""
+    num_dense: int
+    """Number of dense columns; `dense` is float32 [B, num_dense]."""
+    seed: int
+    """Initial values must be a function of it, so that every worker builds the same model."""
+
+
+Model = Any
+"""`model(activations, dense, training=…)`, with its variables; TensorFlow has no types for it."""
+
+
+def build_model(config: ModelConfig, inputs: ModelInputs) -> Model:
+    """Build the model that a job names.
+
+    Raises:
+        ConfigError: no such function, or it does not take these params.
+    """
+    function = _find(config.build)
+    try:
+        return function(inputs, **config.params)
+    except TypeError as e:
+        raise ConfigError(f"model.build {config.build}: {e}") from None
+
+
+def _find(name: str) -> Callable[..., Model]:
+    if name in MODELS:
+        return MODELS[name]
+    module_name, colon, attribute = name.partition(":")
+    if not colon:
+        raise ConfigError(
+            f"model.build: no model '{name}'; known: {', '.join(sorted(MODELS))}, "
+            "or package.module:function"
+        )
+    try:
+        found: Callable[..., Model] = getattr(importlib.import_module(module_name), attribute)
+    except (ImportError, AttributeError) as e:
+        raise ConfigError(f"model.build {name}: {e}") from None
+    return found
+
+
+class MLP(tf.Module):
+    """Fully connected layers with ReLU between them; the last one is linear."""
+
+    def __init__(self, sizes: Sequence[int], rng: np.random.Generator, name: str) -> None:
+        super().__init__(name=name)
+        self._layers = []
+        for fan_in, fan_out in itertools.pairwise(sizes):
+            # Glorot uniform, as Keras' Dense.
+            limit = np.sqrt(6.0 / (fan_in + fan_out))
+            kernel = rng.uniform(-limit, limit, (fan_in, fan_out)).astype(np.float32)
+            bias = np.zeros(fan_out, dtype=np.float32)
+            self._layers.append(
+                (tf.Variable(kernel, name="kernel"), tf.Variable(bias, name="bias"))
+            )
+
+    def __call__(self, x: Any) -> Any:
+        """[B, first size] to [B, last size]."""
+        for i, (kernel, bias) in enumerate(self._layers):
+            x = tf.matmul(x, kernel) + bias
+            if i < len(self._layers) - 1:
+                x = tf.nn.relu(x)
+        return x
+
+
+class TwoTower(tf.Module):
+    """user vector · item vector + biases: matrix factorisation if the towers have no layers."""
+
+    def __init__(
+        self,
+        inputs: ModelInputs,
+        user: Sequence[str],
+        item: Sequence[str],
+        biases: Sequence[str] = (),
+        hidden: Sequence[int] = (),
+        mean: float = 0.0,
+    ) -> None:
+        """Build the towers.
+
+        Args:
+            inputs: what comes in.
+            user: features of the user tower.
+            item: features of the item tower.
+            biases: features of tables with dim 1 that are added to the score.
+            hidden: layer sizes of each tower's MLP over its joined activations; without any, a
+                tower's vector is the sum of its activations.
+            mean: first value of the trained constant that is added to every score.
+
+        Raises:
+            ConfigError: a feature is not there, or shapes do not fit.
+        """
+        super().__init__(name="two_tower")
+        rng = np.random.default_rng(inputs.seed)
+        self._user, self._item, self._biases = list(user), list(item), list(biases)
+        user_dim = _joint_dim(inputs, "user", self._user, joined=bool(hidden))
+        item_dim = _joint_dim(inputs, "item", self._item, joined=bool(hidden))
+        if not hidden and user_dim != item_dim:
+            raise ConfigError(f"two_tower: user dim {user_dim} and item dim {item_dim} differ")
+        for name in self._biases:
+            if inputs.activations.get(name) != (1,):
+                raise ConfigError(f"two_tower: bias '{name}' must be a feature of a dim-1 table")
+        self._user_mlp = MLP([user_dim, *hidden], rng, "user") if hidden else None
+        self._item_mlp = MLP([item_dim, *hidden], rng, "item") if hidden else None
+        self._mean = tf.Variable(np.float32(mean), name="mean")
+
+    def __call__(self, activations: Mapping[str, Any], dense: Any, training: bool) -> Any:
+        """Scores [B]."""
+        user = self._tower(self._user, self._user_mlp, activations)
+        item = self._tower(self._item, self._item_mlp, activations)
+        score = tf.reduce_sum(user * item, axis=1) + self._mean
+        for name in self._biases:
+            score += activations[name][:, 0]
+        return score
+
+    @staticmethod
+    def _tower(names: Sequence[str], mlp: MLP | None, activations: Mapping[str, Any]) -> Any:
+        parts = [activations[name] for name in names]
+        return tf.add_n(parts) if mlp is None else mlp(tf.concat(parts, axis=1))
+
+
+class DLRM(tf.Module):
+    """Deep learning recommendation model (Naumov et al., arXiv:1906.00091).
+
+    A bottom MLP turns the dense columns into one more vector of the tables' dim; the products of
+    all pairs of vectors and that vector go through the top MLP to a logit.
+    """
+
+    def __init__(
+        self, inputs: ModelInputs, bottom: Sequence[int] = (64,), top: Sequence[int] = (64, 32)
+    ) -> None:
+        """Build both MLPs; `bottom` and `top` are the sizes of their hidden layers.
+
+        Raises:
+            ConfigError: features of different dims, or a sequence feature.
+        """
+        super().__init__(name="dlrm")
+        shapes = set(inputs.activations.values())
+        if len(shapes) != 1 or len(next(iter(shapes))) != 1:
+            raise ConfigError(f"dlrm: all features must have one dim, got {sorted(shapes)}")
+        (dim,) = shapes.pop()
+        rng = np.random.default_rng(inputs.seed)
+        self._names = list(inputs.activations)
+        self._bottom = (
+            MLP([inputs.num_dense, *bottom, dim], rng, "bottom") if inputs.num_dense else None
+        )
+        num_vectors = len(self._names) + (self._bottom is not None)
+        pairs = num_vectors * (num_vectors - 1) // 2
+        self._top = MLP([pairs + (dim if self._bottom else 0), *top, 1], rng, "top")
+        rows, columns = np.tril_indices(num_vectors, -1)
+        self._pairs = (rows * num_vectors + columns).astype(np.int32)
+
+    def __call__(self, activations: Mapping[str, Any], dense: Any, training: bool) -> Any:
+        """Logits [B, 1]."""
+        vectors = [activations[name] for name in self._names]
+        joined = []
+        if self._bottom is not None:
+            bottom = tf.nn.relu(self._bottom(dense))
+            vectors.append(bottom)
+            joined.append(bottom)
+        stacked = tf.stack(vectors, axis=1)
+        products = tf.matmul(stacked, stacked, transpose_b=True)
+        flat = tf.reshape(products, [-1, len(vectors) ** 2])
+        joined.append(tf.gather(flat, self._pairs, axis=1))
+        return self._top(tf.concat(joined, axis=1))
+
+
+MODELS: dict[str, Callable[..., Model]] = {"two_tower": TwoTower, "dlrm": DLRM}
+
+
+def _joint_dim(inputs: ModelInputs, tower: str, names: Sequence[str], joined: bool) -> int:
+    shapes = []
+    for name in names:
+        if name not in inputs.activations:
+            raise ConfigError(
+                f"two_tower: {tower} feature '{name}' is unknown; "
+                f"known: {', '.join(sorted(inputs.activations))}"
+            )
+        shapes.append(inputs.activations[name])
+    if not shapes or any(len(shape) != 1 for shape in shapes):
+        raise ConfigError(f"two_tower: {tower} needs features that are not sequences, got {names}")
+    dims = [shape[0] for shape in shapes]
+    if joined:
+        return sum(dims)
+    if len(set(dims)) != 1:
+        raise ConfigError(f"two_tower: {tower} features must have one dim, got {dims}")
+    return dims[0]

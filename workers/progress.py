@@ -1,0 +1,183 @@
+"""How a run is shown: a live display in a terminal, plain lines elsewhere, JSON lines in a file."""
+
+from __future__ import annotations
+
+import json
+from dataclasses import asdict
+from pathlib import Path
+from types import TracebackType
+from typing import Any, Self
+
+from rich.console import Console
+from rich.progress import BarColumn, MofNCompleteColumn, TextColumn, TimeRemainingColumn
+from rich.progress import Progress as Bar
+from rich.table import Table
+
+from ps.errors import JobError
+from workers.job import JobPlan, Progress, TrainResult
+
+
+class LiveDisplay:
+    """A progress bar with the figures of the last report."""
+
+    def __init__(self, console: Console) -> None:
+        self._console = console
+        self._bar = Bar(
+            TextColumn("[bold]{task.description}"),
+            BarColumn(),
+            MofNCompleteColumn(),
+            TextColumn("{task.fields[figures]}"),
+            TimeRemainingColumn(),
+            console=console,
+            transient=True,
+        )
+        self._task: Any = None
+
+    def starting(self, plan: JobPlan) -> None:
+        """See `Listener`."""
+        self._console.print(_plan_line(plan))
+        self._bar.start()
+        self._task = self._bar.add_task("starting", total=plan.total_steps, figures="")
+
+    def progress(self, progress: Progress) -> None:
+        """See `Listener`."""
+        self._bar.update(
+            self._task,
+            completed=progress.step,
+            description=f"epoch {progress.epoch}",
+            figures=_figures(progress),
+        )
+
+    def finished(self, result: TrainResult) -> None:
+        """See `Listener`."""
+        self.close()
+        self._console.print(_result_table(result))
+
+    def close(self) -> None:
+        """Stop drawing."""
+        self._bar.stop()
+
+
+class PlainLines:
+    """One line per report, for logs and `ray job submit`."""
+
+    def __init__(self, console: Console) -> None:
+        self._console = console
+
+    def starting(self, plan: JobPlan) -> None:
+        """See `Listener`."""
+        self._print(_plan_line(plan))
+
+    def progress(self, progress: Progress) -> None:
+        """See `Listener`."""
+        self._print(f"step {progress.step} epoch {progress.epoch} {_figures(progress)}")
+
+    def finished(self, result: TrainResult) -> None:
+        """See `Listener`."""
+        for name, value in _result_rows(result):
+            self._print(f"{name}: {value}")
+
+    def close(self) -> None:
+        """Nothing to stop."""
+
+    def _print(self, line: str) -> None:
+        self._console.print(line, highlight=False, markup=False, soft_wrap=True)
+
+
+class MetricsFile:
+    """One JSON object per report, and one with `"event": "finished"`."""
+
+    def __init__(self, path: Path) -> None:
+        """Open the file anew.
+
+        Raises:
+            JobError: it cannot be written.
+        """
+        try:
+            path.parent.mkdir(parents=True, exist_ok=True)
+            self._file = path.open("w", encoding="utf-8")
+        except OSError as e:
+            raise JobError(f"metrics file {path}: {e.strerror}") from None
+
+    def __enter__(self) -> Self:
+        return self
+
+    def __exit__(
+        self,
+        kind: type[BaseException] | None,
+        error: BaseException | None,
+        trace: TracebackType | None,
+    ) -> None:
+        self._file.close()
+
+    def starting(self, plan: JobPlan) -> None:
+        """See `Listener`."""
+        self._write(
+            "starting",
+            job=plan.job.name,
+            train_rows=plan.train_rows,
+            steps=plan.total_steps,
+            shards=plan.job.cluster.shards,
+            workers=plan.job.cluster.workers,
+        )
+
+    def progress(self, progress: Progress) -> None:
+        """See `Listener`."""
+        self._write("progress", **asdict(progress))
+
+    def finished(self, result: TrainResult) -> None:
+        """See `Listener`."""
+        self._write(
+            "finished",
+            steps=result.steps,
+            examples=result.examples,
+            train_s=result.train_s,
+            metrics=result.metrics,
+            export=None if result.export is None else str(result.export),
+        )
+
+    def _write(self, event: str, **fields: Any) -> None:
+        self._file.write(json.dumps({"event": event, **fields}) + "\n")
+        self._file.flush()
+
+
+def _plan_line(plan: JobPlan) -> str:
+    cluster, train = plan.job.cluster, plan.job.train
+    return (
+        f"{plan.job.name}: {plan.train_rows:,} examples, {plan.total_steps:,} steps of "
+        f"{train.batch_size:,}, {cluster.shards} shards, {cluster.workers} workers, "
+        f"lookahead {train.lookahead}"
+    )
+
+
+def _figures(p: Progress) -> str:
+    rows = " + ".join(f"{rate / 1000:.0f}k" for rate in p.shard_rows_per_s)
+    return (
+        f"loss {p.loss:.4f} | {p.examples_per_s:,.0f} examples/s | staleness {p.staleness} | "
+        f"{rows} rows/s"
+    )
+
+
+def _result_rows(result: TrainResult) -> list[tuple[str, str]]:
+    memory = sum(s.size_bytes for s in result.shards)
+    rows = sum(s.num_rows for s in result.shards)
+    lines = [
+        ("steps", f"{result.steps:,}"),
+        ("examples", f"{result.examples:,}"),
+        ("training time", f"{result.train_s:.1f} s"),
+        ("examples/s", f"{result.examples / result.train_s:,.0f}"),
+        ("tables", f"{rows:,} rows, {memory / 2**20:.1f} MiB with slots"),
+    ]
+    lines += [(f"test {name}", f"{value:.4f}") for name, value in result.metrics.items()]
+    if result.export is not None:
+        lines.append(("export", str(result.export)))
+    return lines
+
+
+def _result_table(result: TrainResult) -> Table:
+    table = Table(show_header=False)
+    table.add_column(style="bold")
+    table.add_column(overflow="fold")
+    for name, value in _result_rows(result):
+        table.add_row(name, value)
+    return table

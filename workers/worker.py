@@ -1,0 +1,114 @@
+"""`TrainWorker`: the Ray shell of `StepLoop`, on a TPU host or wherever Ray puts it."""
+
+from __future__ import annotations
+
+import os
+from collections.abc import Sequence
+from typing import TYPE_CHECKING, Any
+
+import ray
+
+from ps.client import ShardClient
+from ps.group import RayTransport
+from ps.partition import Layout
+from ps.ragged import F32
+from workers.batches import ExampleReader
+from workers.config import JobConfig
+from workers.plan import activation_shape
+from workers.step import StepLoop, StepReport
+
+if TYPE_CHECKING:  # the driver imports this module and does without TensorFlow
+    from workers.dense import DenseStep
+
+
+class TrainWorker:
+    """Ray actor around one worker's steps. It keeps no state that a shard does not have."""
+
+    def __init__(self, job: JobConfig, worker: int) -> None:
+        self._job = job
+        self._worker = worker
+        self._spec = job.embedding_spec()
+        self._dense: DenseStep | None = None
+        self._loop: StepLoop | None = None
+
+    def setup(self) -> tuple[F32, F32]:
+        """Build the dense model; returns its first flat values (trainable, non-trainable).
+
+        Apart from the constructor, so that what goes wrong reaches the driver as it was raised.
+        """
+        os.environ.setdefault("TF_CPP_MIN_LOG_LEVEL", "2")
+        import tensorflow as tf
+
+        from workers.dense import DenseStep
+        from workers.model import ModelInputs
+
+        threads = self._job.cluster.threads_per_worker
+        tf.config.threading.set_intra_op_parallelism_threads(threads)
+        tf.config.threading.set_inter_op_parallelism_threads(threads)
+        tf.config.experimental.enable_op_determinism()
+        inputs = ModelInputs(
+            activations={
+                f.name: activation_shape(self._spec, f, 1)[1:] for f in self._spec.features
+            },
+            num_dense=len(self._job.data.dense),
+            seed=self._job.seed,
+        )
+        self._dense = DenseStep(self._job.model, inputs, self._job.train.loss, strategy_for_node())
+        return self._dense.initial()
+
+    def connect(self, shards: Sequence[Any], layout: Layout) -> None:
+        """Take the shards' handles; steps can run from now on."""
+        train, cluster = self._job.train, self._job.cluster
+        transport = RayTransport(shards, cluster.step_timeout_s)
+        self._loop = StepLoop(
+            self._spec,
+            ShardClient(self._spec, layout, transport, self._worker),
+            self._built(),
+            self._reader(self._job.data.train),
+            batch_size=self._job.worker_batch_size,
+            epochs=train.epochs,
+            lookahead=train.lookahead,
+            worker=self._worker,
+            timeout_s=cluster.step_timeout_s,
+        )
+
+    def run(self, num_steps: int) -> StepReport:
+        """See `StepLoop.run`."""
+        assert self._loop is not None, "connect comes first"
+        return self._loop.run(num_steps)
+
+    def evaluate(self, version: int) -> tuple[F32, F32]:
+        """See `StepLoop.evaluate`; on the job's test data."""
+        assert self._loop is not None, "connect comes first"
+        assert self._job.data.test is not None, "the driver asks only with test data"
+        return self._loop.evaluate(self._reader(self._job.data.test), version)
+
+    def variables(self, dense: F32, state: F32) -> dict[str, F32]:
+        """See `DenseStep.variables`."""
+        return self._built().variables(dense, state)
+
+    def _built(self) -> DenseStep:
+        assert self._dense is not None, "setup comes first"
+        return self._dense
+
+    def _reader(self, path: Any) -> ExampleReader:
+        return ExampleReader(
+            path,
+            self._job.data,
+            self._job.features,
+            worker=self._worker,
+            num_workers=self._job.cluster.workers,
+            seed=self._job.seed,
+        )
+
+
+def strategy_for_node() -> Any:
+    """TPUStrategy where Ray gave this worker TPU chips; None, TensorFlow's default, elsewhere."""
+    if not ray.get_runtime_context().get_accelerator_ids().get("TPU"):
+        return None
+    import tensorflow as tf
+
+    resolver = tf.distribute.cluster_resolver.TPUClusterResolver("local")
+    tf.config.experimental_connect_to_cluster(resolver)
+    tf.tpu.experimental.initialize_tpu_system(resolver)
+    return tf.distribute.TPUStrategy(resolver)
