@@ -22,7 +22,7 @@ demo: $(DEMO)/export/LATEST
 	@echo "  open http://127.0.0.1:8000/docs                    # its HTTP interface"
 
 $(DEMO)/data/dataset.json: $(MADE)/installed $(wildcard workers/prepare/*.py)
-	@$(BIN)/manta prepare synthetic movielens $(DEMO)/data --rows 100000 --seed 1
+	@$(BIN)/manta prepare synthetic movielens $(DEMO)/data --rows 100000 --users 1000 --items 500 --seed 1
 
 $(DEMO)/export/LATEST: $(DEMO)/data/dataset.json configs/demo.yaml $(SOURCES)
 	@$(BIN)/manta train configs/demo.yaml

@@ -199,6 +199,7 @@ def movielens(
     split: Annotated[str, typer.Option(help="random, time, or u1 … u5, ua, ub.")] = "random",
     test_fraction: Annotated[float, typer.Option(help="Part of random and time splits.")] = 0.1,
     max_history: Annotated[int, typer.Option(help="Items in a user's history; 0: none.")] = 50,
+    max_ratings: Annotated[int, typer.Option(help="Ratings in a user's or item's bag.")] = 64,
     seed: Seed = 0,
 ) -> None:
     """MovieLens ratings, in any of its formats."""
@@ -211,6 +212,7 @@ def movielens(
             split=split,
             test_fraction=test_fraction,
             max_history=max_history,
+            max_ratings=max_ratings,
             seed=seed,
         )
     )
@@ -237,12 +239,33 @@ def synthetic(
     kind: Annotated[str, typer.Argument(help="movielens or criteo.")],
     out: OutFolder,
     rows: Annotated[int, typer.Option(help="Examples.")] = 100_000,
+    test_fraction: Annotated[float, typer.Option(help="Part of the rows held out.")] = 0.1,
+    users: Annotated[int | None, typer.Option(help="movielens: users [6040].")] = None,
+    items: Annotated[int | None, typer.Option(help="movielens: items [3706].")] = None,
+    vocabulary: Annotated[
+        int | None, typer.Option(help="criteo: ids of all 26 columns together [1000000].")
+    ] = None,
+    equal_tables: Annotated[
+        bool, typer.Option("--equal-tables", help="criteo: as many ids in every column.")
+    ] = False,
     seed: Seed = 0,
 ) -> None:
     """Made-up data of any size, with Zipf ids and a signal to learn."""
     from workers.prepare import prepare_synthetic
 
-    _report(prepare_synthetic(kind, out, rows=rows, seed=seed))
+    _report(
+        prepare_synthetic(
+            kind,
+            out,
+            rows=rows,
+            test_fraction=test_fraction,
+            num_users=users,
+            num_items=items,
+            total_vocabulary=vocabulary,
+            table_sizes="equal" if equal_tables else None,
+            seed=seed,
+        )
+    )
 
 
 def _report(report: Any) -> None:

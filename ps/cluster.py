@@ -51,3 +51,9 @@ def _start_local(min_cpus: float) -> None:
         logging_level=logging.ERROR,
         runtime_env={"env_vars": {"PYTHONPATH": os.pathsep.join(p for p in paths if p)}},
     )
+
+
+def free_resources() -> dict[str, float]:
+    """What the cluster has free, without Ray's per-node entries and byte counts."""
+    found = ray.available_resources()
+    return {k: v for k, v in sorted(found.items()) if ":" not in k and "memory" not in k}

@@ -130,11 +130,14 @@ def map_rows(path: Path, num_rows: int, dim: int) -> F32:
     try:
         reader = pa.ipc.open_file(pa.memory_map(str(path)))
         if not reader.schema.equals(row_schema(dim)):
-            raise ExportError(f"'{path}': expected {row_schema(dim)}, got {reader.schema}")
+            wanted, found = (", ".join(map(str, s)) for s in (row_schema(dim), reader.schema))
+            raise ExportError(f"'{path}': expected columns [{wanted}], got [{found}]")
         if reader.num_record_batches != 1:
             raise ExportError(f"'{path}': {reader.num_record_batches} record batches, expected 1")
-        column = reader.get_batch(0).column(0)
-    except (OSError, pa.ArrowInvalid) as e:
+        batch = reader.get_batch(0)
+        batch.validate()  # buffers too short would crash the process
+        column = batch.column(0)
+    except (OSError, pa.ArrowException) as e:
         raise ExportError(f"'{path}' is not an Arrow file: {e}") from e
     if len(column) != num_rows or column.null_count or column.values.null_count:
         raise ExportError(f"'{path}': {len(column)} rows, expected {num_rows} without nulls")

@@ -12,6 +12,7 @@ import ray
 
 from ps.actor import ShardServer
 from ps.client import DEFAULT_TIMEOUT_S, PendingRows
+from ps.cluster import free_resources
 from ps.config import EmbeddingSpec
 from ps.errors import JobError
 from ps.export import ExportWriter
@@ -76,6 +77,7 @@ class ShardGroup:
         """Create the actors; `spec.shard_id` is ignored, `resources` are per shard."""
         self.spec = spec
         self.embedding: EmbeddingSpec = spec.embedding
+        self._resources = dict(resources)
         self.handles = [
             ray.remote(ShardServer)
             .options(
@@ -100,8 +102,7 @@ class ShardGroup:
         except ray.exceptions.GetTimeoutError:
             raise JobError(
                 f"{self.spec.num_shards} shards were not ready within {timeout_s:g} s: "
-                f"the cluster has {_resources(ray.available_resources())} free of "
-                f"{_resources(ray.cluster_resources())}"
+                f"each asks for {self._resources}, the cluster has {free_resources()} free"
             ) from None
 
     def set_dense(self, dense: F32, state: F32) -> Layout:
@@ -156,8 +157,3 @@ class ShardGroup:
         """Kill the actors; their state is gone."""
         for handle in self.handles:
             ray.kill(handle)
-
-
-def _resources(found: Mapping[str, float]) -> dict[str, float]:
-    """Resources worth showing: without Ray's own per-node entries and byte counts."""
-    return {k: v for k, v in sorted(found.items()) if ":" not in k and "memory" not in k}

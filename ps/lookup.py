@@ -6,7 +6,7 @@ are examples (TensorFlow without `validate_weights_and_indices` loses empty exam
 Arithmetic is float32. The module knows no file and no HTTP; both arrays and bags are read-only.
 
 `output_shape` only matters to TensorFlow's ragged input; as with sparse input it is ignored here,
-and a feature that sets it is combined even if it sets `max_sequence_length`.
+and bags of a feature that sets it are combined even if it sets `max_sequence_length` too.
 """
 
 from __future__ import annotations
@@ -90,15 +90,11 @@ def lookup_ragged(
 
     Raises:
         IdRangeError: an id that counts is outside [0, V).
-        InputError: weights for a sequence feature.
+        InputError: weights although `max_sequence_length` is set.
     """
+    _check_weights(feature, bag)
     out = np.empty(lookup_shape(feature, rows_VD.shape[1], bag), dtype=np.float32)
     if is_sequence(feature):
-        if bag.weights is not None:
-            raise InputError(
-                f"weights were given for '{feature.name}', but this is a sequence feature",
-                feature.name,
-            )
         _check_sequence_ids(feature, table_name, bag, rows_VD.shape[0])
         scatter_sequences(rows_VD, bag.ids, bag.row_splits, out)
         return out
@@ -108,6 +104,14 @@ def lookup_ragged(
     weights = NO_WEIGHTS if bag.weights is None else bag.weights
     combine_rows(rows_VD, bag.ids, bag.row_splits, weights, COMBINER_CODES[combiner], out)
     return out
+
+
+def _check_weights(feature: FeatureSpec, bag: Ragged) -> None:
+    if feature.max_sequence_length > 0 and bag.weights is not None:
+        raise InputError(
+            f"weights were given for '{feature.name}', but this is a sequence feature",
+            feature.name,
+        )
 
 
 def _drop_invalid(bag: Ragged, combiner: Combiner) -> Ragged:

@@ -56,8 +56,9 @@ class DenseStep:
         self._trainable = list(self._model.trainable_variables)
         self._state = list(self._model.non_trainable_variables)
         self._check_float32()
-        # TPUStrategy compiles what it runs with XLA by itself.
-        jit = None if isinstance(self._strategy, tf.distribute.TPUStrategy) else True
+        # TPUStrategy compiles what it runs with XLA by itself, and XLA on CPU or GPU cannot reach
+        # the variables of another replica's device.
+        jit = None if self._distributed else True
         self._compiled = tf.function(self._forward_backward, jit_compile=jit)
         self._compiled_predict = tf.function(self._forward, jit_compile=jit)
         self._run_all = tf.function(self._on_replicas)

@@ -12,6 +12,7 @@ from typing import Any, Protocol
 import numpy as np
 import ray
 
+from ps.cluster import free_resources
 from ps.errors import JobError, MantaError
 from ps.export import ExportWriter
 from ps.group import ShardGroup
@@ -198,7 +199,10 @@ class Run:
         self._gather(connects, timeout_s, "connected")
 
     def train(
-        self, plan: JobPlan, listeners: Sequence[Listener], clock: Callable[[], float]
+        self,
+        plan: JobPlan,
+        listeners: Sequence[Listener],
+        clock: Callable[[], float] = time.monotonic,
     ) -> None:
         """Run all steps; the next bunch is always queued before the last one is waited for."""
         every = self.job.train.report_every
@@ -265,7 +269,9 @@ class Run:
             )
             if not ready:
                 raise JobError(
-                    f"{len(pending)} of {len(refs)} workers had not {what} after {timeout_s:g} s"
+                    f"{len(pending)} of {len(refs)} workers had not {what} after {timeout_s:g} s; "
+                    f"each asks for {self.job.cluster.worker_resources}, the cluster has "
+                    f"{free_resources()} free"
                 )
             ray.get(ready)
         results: list[Any] = ray.get(list(refs))

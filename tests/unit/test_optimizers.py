@@ -102,12 +102,13 @@ GOLDEN: list[tuple[Optimizer, tuple[Any, ...], tuple[Any, ...]]] = [
 def test_two_steps_give_the_published_numbers(
     optimizer: Optimizer, first: tuple[Any, ...], second: tuple[Any, ...]
 ) -> None:
+    # Seven digits are published; in float32 Adam's 1 - .999 is 1.7e-5 off, and shows in v.
+    tolerance = 1.7e-5 if optimizer == Adam() else 5e-7
     store = store_of(optimizer, *W0)
     for grad, want in ((G1, first), (G2, second)):
         step(store, *grad)
-        # The published numbers have seven digits, and FTRL's powers lose one more in a difference.
         for got, numbers in zip((store.rows, *store.slots.values()), want, strict=False):
-            np.testing.assert_allclose(got[0], numbers, rtol=3e-6)
+            np.testing.assert_allclose(got[0], numbers, rtol=tolerance)
 
 
 @pytest.mark.parametrize(

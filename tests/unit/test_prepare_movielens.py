@@ -245,6 +245,23 @@ def test_history_is_leave_one_out_over_training_rows(tmp_path: Path, max_history
         assert got == reference_history(train, row, max_history)
 
 
+@pytest.mark.parametrize(("layout", "levels"), [("100k", 5), ("latest", 10)])
+def test_rating_bags_hold_what_others_gave_never_the_rows_own(
+    tmp_path: Path, layout: str, levels: int
+) -> None:
+    write = {"100k": write_100k, "latest": write_latest}[layout]
+    source = write(tmp_path / "raw", make_rows(num_users=6))
+    report = prepare_movielens(source, tmp_path / "out", test_fraction=0.3, max_ratings=4)
+    train, test = (read(tmp_path / "out", s) for s in ("train", "test"))
+    for row in train + test:
+        for column, key, other in (("rated", "user", "item"), ("raters", "item", "user")):
+            own = [r for r in train if r[key] == row[key] and r[other] != row[other]]
+            allowed = {int(r[other] * levels + r["rating"] * levels / 5 - 1) for r in own}
+            assert set(row[column]) <= allowed
+            assert len(row[column]) == min(4, len(own))
+            assert all(0 <= i < report.vocabulary_sizes[column] for i in row[column])
+
+
 def test_shuffling_does_not_change_the_history_of_a_row(tmp_path: Path) -> None:
     source = write_100k(tmp_path / "raw", make_rows())
     found = []
@@ -264,7 +281,8 @@ def test_history_never_holds_the_own_item_even_if_rated_twice(
 ) -> None:
     user, item = np.array(pairs, np.int64).T.copy()
     rating = np.arange(len(pairs), dtype=np.float32)
-    history = TrainHistory(Ratings(user, item, rating, np.zeros(len(pairs), np.int64)), 5)
+    train = Ratings(user, item, rating, np.zeros(len(pairs), np.int64))
+    history = TrainHistory(user, item, train, 5)
     items, ratings, splits = history.of_rows(user, item, max_history)
     for row in range(len(pairs)):
         mine = items[splits[row] : splits[row + 1]]
@@ -359,6 +377,7 @@ def test_a_rating_file_without_rows_is_refused(tmp_path: Path) -> None:
         ({"split": "u9"}, "split is 'u9', wanted one of random, time, u1"),
         ({"test_fraction": -0.1}, "test_fraction is -0.1"),
         ({"max_history": -1}, "max_history is -1"),
+        ({"max_ratings": -1}, "max_ratings is -1"),
         ({"max_history": 0, "history_rating": True}, "history_rating is on but max_history is 0"),
         ({"seed": -1}, "seed is -1"),
         ({"test_fraction": 0.999}, "leaves none to train"),

@@ -1,6 +1,6 @@
-"""Which items a user rated in the training rows, for every row, without a loop over rows.
+"""What a user rated (or who rated an item) in the training rows, for every row at once.
 
-Owns the grouping of ratings by user and the leave-one-out rule. Knows nothing about files.
+Owns the grouping of ratings and the leave-one-out rule. Knows nothing about files.
 """
 
 from dataclasses import dataclass
@@ -57,35 +57,40 @@ class Ratings:
 
 
 class TrainHistory:
-    """The training ratings grouped by user, oldest first; equal times keep the file's order."""
+    """Training ratings grouped by user (or item), oldest first; equal times keep file order.
 
-    def __init__(self, train: Ratings, num_users: int) -> None:
-        order = np.lexsort((train.timestamp, train.user))
-        self._item = train.item[order]
+    Below, `key` is what they are grouped by and `other` the other side: items of a user, or users
+    of an item.
+    """
+
+    def __init__(self, key: I64, other: I64, train: Ratings, num_keys: int) -> None:
+        order = np.lexsort((train.timestamp, key))
+        self._other = other[order]
         self._rating = train.rating[order]
-        self._splits = np.zeros(num_users + 1, np.int64)
-        np.cumsum(np.bincount(train.user, minlength=num_users), out=self._splits[1:])
+        self._splits = np.zeros(num_keys + 1, np.int64)
+        np.cumsum(np.bincount(key, minlength=num_keys), out=self._splits[1:])
 
-    def of_rows(self, user: I64, item: I64, max_history: int) -> tuple[I64, F32, I64]:
-        """The `max_history` most recent training items of each row's user, without its own item.
+    def of_rows(self, key: I64, other: I64, max_history: int) -> tuple[I64, F32, I64]:
+        """The `max_history` most recent training ratings of each row's key, without its own.
 
         Args:
-            user: int64 `[R]`, user of each row.
-            item: int64 `[R]`, the row's own item: it never appears in the row's history.
-            max_history: most items per row, 1 or more.
+            key: int64 `[R]`, user (or item) of each row.
+            other: int64 `[R]`, the row's own item (or user): never in the row's own history.
+            max_history: most ratings per row, 1 or more.
 
         Returns:
-            Items int64, their ratings float32 (oldest first in each row), row_splits `[R + 1]`.
+            The others int64, their ratings float32 (oldest first in each row), row_splits
+            `[R + 1]`.
         """
-        end = self._splits[user + 1]
-        length = np.minimum(end - self._splits[user], max_history + 1)
+        end = self._splits[key + 1]
+        length = np.minimum(end - self._splits[key], max_history + 1)
         position, splits = slices_of(end - length, length)
-        others = self._item[position] != np.repeat(item, length)
+        others = self._other[position] != np.repeat(other, length)
         position, splits = position[others], keep_where(others, splits)
         length = np.diff(splits)
-        # A row whose own item is not among its last max_history + 1 still has one too many.
+        # A row whose own rating is not among its last max_history + 1 still has one too many.
         surplus = length > max_history
         keep = np.ones(len(position), np.bool_)
         keep[splits[:-1][surplus]] = False
         position, splits = position[keep], keep_where(keep, splits)
-        return self._item[position], self._rating[position], splits
+        return self._other[position], self._rating[position], splits

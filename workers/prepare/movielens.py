@@ -8,6 +8,9 @@ Columns (those of side files only if the file is there):
 - `age` int64 bucket (see `movielens_sides.AGES`), `gender`, `occupation` int64; 0 is unknown.
 - `history` list<int64>: items the user rated in the training rows, oldest first, never the row's
   own item, so that training rows look like test rows. `history_rating` list<float32> beside it.
+- `rated` list<int64>: what the user gave to which item in the training rows, as one id
+  `item * levels + level`; `raters` list<int64>: what the item got from which user, as
+  `user * levels + level`. Never the row's own rating. Levels are the 5 stars, or 10 half stars.
 """
 
 from collections.abc import Callable
@@ -47,6 +50,7 @@ def prepare_movielens(
     seed: int = 0,
     max_history: int = 50,
     history_rating: bool = False,
+    max_ratings: int = 0,
     shuffle: bool = True,
     row_group_rows: int | None = None,
 ) -> PrepareReport:
@@ -61,6 +65,7 @@ def prepare_movielens(
         seed: Seed of the random split and of the order of the training rows.
         max_history: Most recent training items kept per row; 0 writes no history column.
         history_rating: Also write the ratings of the history, for use as weights.
+        max_ratings: Most recent training ratings in `rated` and `raters`; 0 writes neither.
         shuffle: Write training rows in a seeded random order. Most files are sorted by user, which
             makes bad batches. Test rows stay in file order.
         row_group_rows: Rows per Parquet row group; None picks 65,536 or, for small data, less.
@@ -68,15 +73,20 @@ def prepare_movielens(
     Raises:
         DataError: No known format, a malformed line, a bad option, or `out` must not be replaced.
     """
-    _check_options(split, max_history, history_rating)
+    _check_options(split, max_history, history_rating, max_ratings)
     check_split_options(test_fraction, seed)
     source, out = Path(source), Path(out)
     layout = files.detect_format(source)
     options = {"split": split, "test_fraction": test_fraction, "shuffle": shuffle}
     options |= {"max_history": max_history, "history_rating": history_rating}
+    options["max_ratings"] = max_ratings
     with OutputFolder(out, source=source / "any") as folder:
         data = _load(source, layout, split, test_fraction, seed)
-        rows = _RowMaker(data, max_history, history_rating)
+        rows = _RowMaker(data)
+        if max_history:
+            rows.add_history(max_history, history_rating)
+        if max_ratings:
+            rows.add_ratings(max_ratings, half_stars=layout.has_header)
         train = _shuffled(data.train, seed) if shuffle else data.train
         rows.write_split(folder, "train", train, row_group_rows)
         rows.write_split(folder, "test", data.test, row_group_rows)
@@ -94,11 +104,13 @@ def prepare_movielens(
     return report
 
 
-def _check_options(split: str, max_history: int, history_rating: bool) -> None:
+def _check_options(split: str, max_history: int, history_rating: bool, max_ratings: int) -> None:
     if split not in (allowed := ("random", "time", *files.NAMED_SPLITS)):
         raise DataError(f"split is '{split}', wanted one of {', '.join(allowed)}")
     if max_history < 0:
         raise DataError(f"max_history is {max_history}, wanted 0 (no history) or more")
+    if max_ratings < 0:
+        raise DataError(f"max_ratings is {max_ratings}, wanted 0 (no such columns) or more")
     if history_rating and max_history == 0:
         raise DataError(
             "history_rating is on but max_history is 0, wanted max_history of 1 or more"
@@ -182,11 +194,10 @@ def _shuffled(ratings: Ratings, seed: int) -> Ratings:
 class _RowMaker:
     """Builds the output columns of any slice of ratings, chunk by chunk."""
 
-    def __init__(self, data: _Data, max_history: int, history_rating: bool) -> None:
+    def __init__(self, data: _Data) -> None:
         num_users, num_items = len(data.raw_users), len(data.raw_items)
-        self._history = TrainHistory(data.train, num_users) if max_history else None
-        self._max_history = max_history
-        self._history_rating = history_rating
+        self._train = data.train
+        self._num_users, self._num_items = num_users, num_items
         self.columns = {
             "user": ColumnReport(type="int64", vocabulary_size=num_users, table="user"),
             "item": ColumnReport(type="int64", vocabulary_size=num_items, table="item"),
@@ -205,12 +216,44 @@ class _RowMaker:
             self._add_items(data.items)
         if data.users:
             self._add_users(data.users)
-        if max_history:
-            self.columns["history"] = ColumnReport(
-                type="list<int64>", vocabulary_size=num_items, table="item"
-            )
-            if history_rating:
-                self.columns["history_rating"] = ColumnReport(type="list<float32>")
+
+    def add_history(self, max_history: int, with_rating: bool) -> None:
+        """Add the columns `history` and, if asked for, `history_rating`."""
+        history = TrainHistory(self._train.user, self._train.item, self._train, self._num_users)
+
+        def items(part: Ratings) -> Any:
+            item, _, splits = history.of_rows(part.user, part.item, max_history)
+            return list_column(item, splits)
+
+        def ratings(part: Ratings) -> Any:
+            _, rating, splits = history.of_rows(part.user, part.item, max_history)
+            return list_column(rating, splits)
+
+        self._add_bag("history", self._num_items, "item", items)
+        if with_rating:
+            self.columns["history_rating"] = ColumnReport(type="list<float32>")
+            self._makers["history_rating"] = ratings
+
+    def add_ratings(self, max_ratings: int, half_stars: bool) -> None:
+        """Add the columns `rated` and `raters`."""
+        levels, per_star = (10, 2) if half_stars else (5, 1)
+        train = self._train
+        of_user = TrainHistory(train.user, train.item, train, self._num_users)
+        of_item = TrainHistory(train.item, train.user, train, self._num_items)
+
+        def bag(history: TrainHistory, key: I64, other: I64) -> Any:
+            others, rating, splits = history.of_rows(key, other, max_ratings)
+            level = np.rint(rating * per_star).astype(np.int64) - 1
+            return list_column(others * levels + level, splits)
+
+        self._add_bag("rated", self._num_items * levels, "rated",
+                      lambda part: bag(of_user, part.user, part.item))  # fmt: skip
+        self._add_bag("raters", self._num_users * levels, "raters",
+                      lambda part: bag(of_item, part.item, part.user))  # fmt: skip
+
+    def _add_bag(self, name: str, size: int, table: str, make: Callable[[Ratings], Any]) -> None:
+        self.columns[name] = ColumnReport(type="list<int64>", vocabulary_size=size, table=table)
+        self._makers[name] = make
 
     def _add_ids(self, name: str, size: int, make: Callable[[Ratings], I64]) -> None:
         self.columns[name] = ColumnReport(type="int64", vocabulary_size=size, table=name)
@@ -228,10 +271,7 @@ class _RowMaker:
             position, splits = slices_of(start, items.genre_splits[part.item + 1] - start)
             return list_column(items.genres[position], splits)
 
-        self.columns["genres"] = ColumnReport(
-            type="list<int64>", vocabulary_size=max(1, len(items.genre_names)), table="genre"
-        )
-        self._makers["genres"] = genres
+        self._add_bag("genres", max(1, len(items.genre_names)), "genre", genres)
         if items.year.any():
             self._add_ids("year", sides.NUM_YEARS, lambda part: items.year[part.item])
 
@@ -244,13 +284,6 @@ class _RowMaker:
         for start in range(0, len(ratings), _CHUNK_ROWS):
             part = ratings.take(np.arange(start, min(start + _CHUNK_ROWS, len(ratings))))
             columns = {name: make(part) for name, make in self._makers.items()}
-            if self._history is not None:
-                item, rating, splits = self._history.of_rows(
-                    part.user, part.item, self._max_history
-                )
-                columns["history"] = list_column(item, splits)
-                if self._history_rating:
-                    columns["history_rating"] = list_column(rating, splits)
             writer.write(columns)
 
 

@@ -1,0 +1,217 @@
+"""JSON bodies: request bytes to ids and bags, activations to response bytes.
+
+A flat list is one id per example; a list of lists, or an object of columns, is bags. Values are
+checked a column at a time, because a validator per number costs more than the lookup.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Mapping
+from itertools import chain
+from typing import Any, NoReturn
+
+import numpy as np
+import orjson
+
+from ps.errors import InputError
+from ps.ragged import F32, I64, Ragged
+from serving.problems import INVALID_INPUT, MALFORMED_JSON, TOO_LARGE, ProblemError
+
+Place = Callable[[int], str]
+"""Where in the body the i-th number of a column stands."""
+_JSON_NAMES = {bool: "a boolean", str: "a string", list: "a list", dict: "an object"}
+_INT64 = np.iinfo(np.int64)
+
+
+def parse_request(body: bytes, max_ids: int) -> dict[str, I64 | Ragged]:
+    """The inputs of a lookup request.
+
+    Args:
+        body: `{"inputs": {feature: ids}, "weights": {feature: weights}}`.
+        max_ids: ids plus bags allowed over all features.
+
+    Raises:
+        ProblemError: with the status, feature and field that are wrong.
+    """
+    try:
+        request = orjson.loads(body)
+    except orjson.JSONDecodeError as e:
+        raise ProblemError(MALFORMED_JSON, f"the body is not JSON: {e}") from None
+    _check_keys(request, ("inputs", "weights"), ("inputs",), "", None)
+    inputs = _object(request["inputs"], "inputs")
+    weights = request.get("weights")
+    weights = {} if weights is None else _object(weights, "weights")
+    for name in weights:
+        if name not in inputs:
+            raise _invalid(name, f"weights.{name}", "weights were given, but no ids in `inputs`")
+    reader = _Reader(max_ids)
+    return {name: reader.read(name, value, weights.get(name)) for name, value in inputs.items()}
+
+
+def render_response(version: str, step: int, outputs: Mapping[str, F32]) -> bytes:
+    """The answer; NaN and infinities, which JSON cannot express, become null."""
+    return orjson.dumps(
+        {"version": version, "step": step, "outputs": outputs}, option=orjson.OPT_SERIALIZE_NUMPY
+    )
+
+
+class _Reader:
+    """Reads feature after feature and counts their ids."""
+
+    def __init__(self, max_ids: int) -> None:
+        self._max_ids = max_ids
+        self._left = max_ids
+
+    def read(self, name: str, value: object, weights: object) -> I64 | Ragged:
+        """One feature's ids."""
+        if isinstance(value, dict):
+            if weights is not None:
+                raise _invalid(name, f"weights.{name}", "weights of columns belong beside `values`")
+            return self._columns(name, value)
+        if not isinstance(value, list):
+            raise _invalid(
+                name, f"inputs.{name}", f"must be a list or an object, got {_show(value)}"
+            )
+        kinds = set(map(type, value))
+        if kinds == {list}:
+            return self._bags(name, value, weights)
+        if list in kinds:
+            _refuse_mixture(name, value)
+        if weights is not None:
+            raise _invalid(
+                name, f"weights.{name}", f"Weight specified for {name}, but input is dense"
+            )
+        self._count(len(value), name)
+        return _ids(value, name, lambda i: f"inputs.{name}[{i}]")
+
+    def _bags(self, name: str, rows: list[list[Any]], weights: object) -> Ragged:
+        splits = _splits(rows)
+        self._count(int(splits[-1]) + len(rows), name)
+        ids = _ids(list(chain.from_iterable(rows)), name, _nested(f"inputs.{name}", splits))
+        if weights is None:
+            return Ragged(ids, splits)
+        if not isinstance(weights, list) or any(type(row) is not list for row in weights):
+            raise _invalid(name, f"weights.{name}", "must be a list of lists, like the ids")
+        self._count(len(weights), name)
+        if not np.array_equal(_splits(weights), splits):
+            raise _invalid(name, f"weights.{name}", _mismatch(rows, weights))
+        flat = list(chain.from_iterable(weights))
+        return Ragged(ids, splits, _weights(flat, name, _nested(f"weights.{name}", splits)))
+
+    def _columns(self, name: str, columns: dict[str, Any]) -> Ragged:
+        field = f"inputs.{name}"
+        required = ("values", "row_splits")
+        _check_keys(columns, (*required, "weights"), required, field + ".", name)
+        for key, column in columns.items():
+            if not isinstance(column, list) and not (key == "weights" and column is None):
+                raise _invalid(name, f"{field}.{key}", f"must be a list, got {_show(column)}")
+        self._count(len(columns["values"]) + len(columns["row_splits"]), name)
+        ids = _ids(columns["values"], name, lambda i: f"{field}.values[{i}]")
+        splits = _ids(columns["row_splits"], name, lambda i: f"{field}.row_splits[{i}]")
+        weights = columns.get("weights")
+        if weights is not None:
+            weights = _weights(weights, name, lambda i: f"{field}.weights[{i}]")
+        try:
+            return Ragged(ids, splits, weights)
+        except InputError as e:
+            raise _invalid(name, field, e.message) from None
+
+    def _count(self, num_ids: int, name: str) -> None:
+        self._left -= num_ids
+        if self._left < 0:
+            detail = f"the request has more than {self._max_ids} ids and bags; send fewer at a time"
+            raise ProblemError(TOO_LARGE, detail, name)
+
+
+def _ids(values: list[Any], name: str, place: Place) -> I64:
+    if not set(map(type, values)) <= {int}:
+        i = next(i for i, v in enumerate(values) if type(v) is not int)
+        _refuse_id(values[i], name, place(i))
+    try:
+        return np.array(values, dtype=np.int64)
+    except OverflowError:
+        i = next(i for i, v in enumerate(values) if not _INT64.min <= v <= _INT64.max)
+        _refuse_id(values[i], name, place(i))
+
+
+def _refuse_id(value: object, name: str, field: str) -> NoReturn:
+    beyond = isinstance(value, int | float) and abs(value) >= 2**63
+    rule = "must be an integer of 64 bits" if beyond else "must be an integer"
+    raise _invalid(name, field, f"{rule}, got {_show(value)}")
+
+
+def _weights(values: list[Any], name: str, place: Place) -> F32:
+    if not set(map(type, values)) <= {int, float}:
+        i = next(i for i, v in enumerate(values) if type(v) not in (int, float))
+        raise _invalid(name, place(i), f"must be a number, got {_show(values[i])}")
+    with np.errstate(over="ignore"):
+        weights = np.array(values, dtype=np.float64).astype(np.float32)
+    finite = np.isfinite(weights)
+    if not finite.all():
+        i = int(np.argmin(finite))
+        raise _invalid(name, place(i), f"must fit float32, got {_show(values[i])}")
+    return weights
+
+
+def _splits(rows: list[list[Any]]) -> I64:
+    splits = np.zeros(len(rows) + 1, dtype=np.int64)
+    np.cumsum(np.fromiter(map(len, rows), dtype=np.int64, count=len(rows)), out=splits[1:])
+    return splits
+
+
+def _nested(field: str, splits: I64) -> Place:
+    def place(i: int) -> str:
+        row = int(np.searchsorted(splits, i, side="right")) - 1
+        return f"{field}[{row}][{i - int(splits[row])}]"
+
+    return place
+
+
+def _mismatch(rows: list[list[Any]], weights: list[list[Any]]) -> str:
+    if len(rows) != len(weights):
+        return f"must have {len(rows)} lists, like the ids, got {len(weights)}"
+    i = next(i for i, (row, w) in enumerate(zip(rows, weights, strict=True)) if len(row) != len(w))
+    found = f"list {i} has {len(rows[i])} ids and {len(weights[i])} weights"
+    return f"must have one weight per id, but {found}"
+
+
+def _refuse_mixture(name: str, value: list[Any]) -> NoReturn:
+    i = next(i for i, item in enumerate(value) if type(item) is not list)
+    rule = "must be a list of ids, as its neighbours are"
+    raise _invalid(name, f"inputs.{name}[{i}]", f"{rule}, got {_show(value[i])}")
+
+
+def _object(value: object, field: str) -> dict[str, Any]:
+    if not isinstance(value, dict):
+        detail = f"`{field}` must be an object with feature names as keys, got {_show(value)}"
+        raise ProblemError(INVALID_INPUT, detail, None, field)
+    return value
+
+
+def _check_keys(
+    value: object, known: tuple[str, ...], required: tuple[str, ...], prefix: str, name: str | None
+) -> None:
+    if not isinstance(value, dict):
+        raise ProblemError(INVALID_INPUT, f"the body must be an object, got {_show(value)}")
+    for key in value:
+        if key not in known:
+            detail = f"unknown key '{key[:80]}'; known are {list(known)}"
+            raise ProblemError(INVALID_INPUT, detail, name, prefix + key[:80])
+    for key in required:
+        if key not in value:
+            raise ProblemError(INVALID_INPUT, f"key '{prefix}{key}' is missing", name, prefix + key)
+
+
+def _invalid(name: str, field: str, rule: str) -> ProblemError:
+    return ProblemError(INVALID_INPUT, f"feature '{name}': `{field}` {rule}", name, field)
+
+
+def _show(value: object) -> str:
+    if value is None:
+        return "null"
+    kind = _JSON_NAMES.get(type(value))
+    if kind in ("a list", "an object"):
+        return kind
+    text = orjson.dumps(value).decode()
+    shown = text if len(text) <= 80 else text[:80] + "…"
+    return f"{kind} ({shown})" if kind else shown
