@@ -12,14 +12,14 @@ TESTS   := $(shell find tests -name '*.py') $(wildcard configs/*.yaml) pyproject
 
 ## demo: make data, train on 2 shards and 2 workers, export, serve, ask one lookup over HTTP
 demo: $(DEMO)/export/LATEST
-	@$(BIN)/manta serve $(DEMO)/export --port 8321 --check
+	@$(BIN)/manta serve $(DEMO)/export --port 0 --check
 	@echo
 	@echo "Done: $(DEMO)/data (Parquet), $(DEMO)/metrics.jsonl, $(DEMO)/export (versioned tables)."
 	@echo "Next:"
 	@echo "  $(BIN)/manta serve $(DEMO)/export                  # keep it running, then elsewhere:"
 	@echo "  $(BIN)/manta lookup user=1,2 item=7,8              # ask it"
 	@echo "  $(BIN)/manta train configs/demo.yaml --set train.epochs=10 --set cluster.shards=3"
-	@echo "  open http://127.0.0.1:8000/docs                    # its HTTP interface"
+	@echo "  curl http://127.0.0.1:8000/v1/model                    # what it serves"
 
 $(DEMO)/data/dataset.json: $(MADE)/installed $(wildcard workers/prepare/*.py)
 	@$(BIN)/manta prepare synthetic movielens $(DEMO)/data --rows 100000 --users 1000 --items 500 --seed 1

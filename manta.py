@@ -102,7 +102,7 @@ def train(
 def serve(
     export: ExportPath,
     host: Annotated[str, typer.Option(help="Address to listen on.")] = "127.0.0.1",
-    port: Annotated[int, typer.Option(help="Port to listen on.")] = 8000,
+    port: Annotated[int, typer.Option(help="Port to listen on; 0: a free one.")] = 8000,
     replicas: Annotated[int, typer.Option(min=1, help="Serving processes.")] = 1,
     verify: Annotated[bool, typer.Option("--verify", help="Check all checksums first.")] = False,
     check: Annotated[
@@ -113,7 +113,7 @@ def serve(
     """Serve an export over HTTP with Ray Serve, until Ctrl-C."""
     from ps.cluster import ray_cluster
     from ps.export import open_export
-    from serving.deployment import deploy, shutdown
+    from serving.deployment import deploy, undeploy
 
     opened = open_export(export, verify=verify)
     with _stop_signal() as stop, ray_cluster(address, replicas + 1):
@@ -126,7 +126,7 @@ def serve(
                 typer.echo("Ctrl-C stops it")
                 stop.wait()
         finally:
-            shutdown()
+            undeploy()
 
 
 def _example_lookup(url: str, export: Any) -> None:

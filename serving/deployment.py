@@ -42,7 +42,7 @@ def deploy(
     Args:
         export_path: an export root or version folder, visible to every node that runs a replica.
         host: address to listen on; the default answers only this machine.
-        port: port to listen on.
+        port: port to listen on; 0 is a free one.
         num_replicas: processes that answer, one CPU each.
         name: name of the Serve application.
         limits: bounds of one request.
@@ -59,6 +59,7 @@ def deploy(
     logging.getLogger("ray.serve").setLevel(logging.WARNING)
     if not ray.is_initialized():
         ray.init(logging_level="WARNING", include_dashboard=False)
+    port = port or _free_port(host)
     _start_serve(host, port)
     _run(serve.deployment(serve.ingress(_builder(str(version), limits))()), name, num_replicas)
     url = f"http://{_reachable(host)}:{port}"
@@ -67,8 +68,14 @@ def deploy(
     return url
 
 
+def undeploy(name: str = "manta") -> None:
+    """Let the replicas finish their requests and stop them; Serve and Ray stay."""
+    if ray.is_initialized() and _serve_runs():
+        serve.delete(name)
+
+
 def shutdown() -> None:
-    """Stop Serve and its replicas; Ray itself stays."""
+    """Stop Serve and all its applications; Ray itself stays."""
     if ray.is_initialized():
         serve.shutdown()
 
@@ -130,6 +137,13 @@ def _listens(address: tuple[str, int]) -> bool:
     except OSError:
         return False
     return True
+
+
+def _free_port(host: str) -> int:
+    with socket.socket() as probe:
+        probe.bind((host, 0))
+        port: int = probe.getsockname()[1]
+        return port
 
 
 def _reachable(host: str) -> str:

@@ -45,6 +45,24 @@ class TableEntry:
     initializer: Initializer | None = None
     optimizer: Optimizer | None = None
 
+    def table_config(self, name: str) -> TableConfig:
+        """The entry as the table of that name.
+
+        Raises:
+            ConfigError: names the table and the argument.
+        """
+        try:
+            return TableConfig(
+                vocabulary_size=self.vocabulary_size,
+                dim=self.dim,
+                initializer=self.initializer,
+                optimizer=self.optimizer,
+                combiner=self.combiner,
+                name=name,
+            )
+        except ConfigError as e:
+            raise ConfigError(f"tables.{name}: {e}") from None
+
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class FeatureEntry:
@@ -172,17 +190,7 @@ class JobConfig:
 
     def embedding_spec(self) -> EmbeddingSpec:
         """Tables and features with every default filled in."""
-        tables = {
-            name: TableConfig(
-                vocabulary_size=t.vocabulary_size,
-                dim=t.dim,
-                initializer=t.initializer,
-                optimizer=t.optimizer,
-                combiner=t.combiner,
-                name=name,
-            )
-            for name, t in self.tables.items()
-        }
+        tables = {name: entry.table_config(name) for name, entry in self.tables.items()}
         return resolve(
             {
                 name: FeatureConfig(

@@ -246,7 +246,7 @@ class Run:
             self.shards.write_tables(writer)
             named = ray.get(self.workers[0].variables.remote(dense, state))
             writer.add_dense(
-                named, {"build": self.job.model.build, "params": self.job.model.params}
+                named, {"name": self.job.model.build, "params": self.job.model.params}
             )
             return writer.commit()
 
