@@ -37,8 +37,13 @@ class ShardServer:
     async def pull(self, number: int, pull: Pull) -> Rows:
         """See `ShardState.pull`; `number` counts this worker's calls to this shard."""
         answer: asyncio.Future[Rows] = asyncio.get_running_loop().create_future()
-        call = lambda: self._state.pull(pull, answer.set_result)  # noqa: E731
-        self._inbox.deliver(pull.worker, number, _into(answer, call))
+
+        def reply(rows: Rows) -> None:
+            if not answer.done():  # the caller may have given up
+                answer.set_result(rows)
+
+        call = _into(answer, lambda: self._state.pull(pull, reply))
+        self._inbox.deliver(pull.worker, number, call)
         return await answer
 
     async def push(self, number: int, push: Push) -> None:

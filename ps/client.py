@@ -117,6 +117,7 @@ class ShardClient:
         state: F32 | None,
     ) -> None:
         """Send a step's gradients: float32 [U, D] per table, and the flat dense gradient [P]."""
+        assert dense_grad.size == self.layout.dense_splits[-1], "one gradient per dense value"
         dense_parts = slices(dense_grad, self.layout.dense_splits)
         state_parts = None if state is None else slices(state, self.layout.state_splits)
         for shard in range(self.layout.num_shards):

@@ -88,7 +88,8 @@ class FeatureConfig:
     output_shape: int | Sequence[int | None] | None = None
     """Shape of the activation without D; None is [B]."""
     name: str | None = None
-    """Name of the feature; None is its path in the feature configuration."""
+    """As in TensorFlow, a label only: a feature is found by its path in the configuration. It
+    names a feature that stands alone, without a path."""
 
     def __post_init__(self) -> None:
         if not isinstance(self.table, TableConfig):
@@ -174,13 +175,16 @@ def resolve(feature_config: FeatureConfigs, optimizer: Optimizer | None = None) 
     names = [spec.name for spec in tables.values()]
     if len(set(names)) != len(names):
         raise ConfigError(f"Tables must have a unique name, got {names}")
+    paths = [feature.name for feature in features]
+    if len(set(paths)) != len(paths):
+        raise ConfigError(f"Features must have a unique name, got {paths}")
     return EmbeddingSpec(tuple(tables.values()), tuple(features))
 
 
 def flatten(structure: object, path: str = "") -> Iterator[tuple[str, object]]:
     """Leaves with their paths joined by "/", dict keys sorted, lists and tuples in order."""
     if isinstance(structure, Mapping):
-        items = [(str(key), structure[key]) for key in sorted(structure, key=str)]
+        items = [(str(key), structure[key]) for key in _sorted_keys(structure)]
     elif isinstance(structure, list | tuple):
         items = [(str(i), item) for i, item in enumerate(structure)]
     else:
@@ -188,6 +192,14 @@ def flatten(structure: object, path: str = "") -> Iterator[tuple[str, object]]:
         return
     for key, item in items:
         yield from flatten(item, f"{path}/{key}" if path else key)
+
+
+def _sorted_keys(mapping: Mapping[Any, Any]) -> list[Any]:
+    """As TensorFlow sorts them: by value, and by text where they cannot be compared."""
+    try:
+        return sorted(mapping)
+    except TypeError:
+        return sorted(mapping, key=str)
 
 
 def _as_feature_config(leaf: object, seen: dict[int, TableConfig]) -> FeatureConfig:
@@ -200,7 +212,9 @@ def _as_feature_config(leaf: object, seen: dict[int, TableConfig]) -> FeatureCon
 
 def _table_spec(config: TableConfig, index: int, default: Optimizer | None) -> TableSpec:
     name = config.name or f"table_{index}"
-    optimizer: object = config.optimizer or default or SGD()
+    optimizer: object = config.optimizer if config.optimizer is not None else default
+    if optimizer is None:
+        optimizer = SGD()
     if not isinstance(optimizer, Optimizer):
         from ps.convert import optimizer_from_tensorflow
 

@@ -68,7 +68,7 @@ class RandomNormal(Initializer):
 
 @dataclass(frozen=True)
 class RandomUniform(Initializer):
-    """Uniform in [minval, maxval)."""
+    """Uniform between minval and maxval."""
 
     minval: float = -0.05
     maxval: float = 0.05

@@ -31,9 +31,11 @@ def load_yaml(path: Path, overrides: Sequence[str] = ()) -> dict[str, Any]:
         ConfigError: no such file, bad YAML, not a mapping, or a bad override.
     """
     try:
-        value = yaml.safe_load(path.read_text(encoding="utf-8"))
+        value = yaml.load(path.read_text(encoding="utf-8"), _StrictLoader)
     except OSError as e:
         raise ConfigError(f"config {path}: {e.strerror}") from None
+    except UnicodeDecodeError:
+        raise ConfigError(f"config {path}: not a text file") from None
     except yaml.YAMLError as e:
         raise ConfigError(f"config {path}: {' '.join(str(e).split())}") from None
     if not isinstance(value, dict):
@@ -41,6 +43,21 @@ def load_yaml(path: Path, overrides: Sequence[str] = ()) -> dict[str, Any]:
     for override in overrides:
         _apply(value, override)
     return value
+
+
+class _StrictLoader(yaml.SafeLoader):
+    """Refuses a key that stands twice in one mapping; YAML would keep the last one silently."""
+
+    def flatten_mapping(self, node: yaml.MappingNode) -> None:
+        """Called for every mapping before `<<` is merged into it."""
+        seen: set[str] = set()
+        for key, _ in node.value:
+            if key.value in seen and key.tag != "tag:yaml.org,2002:merge":
+                raise yaml.constructor.ConstructorError(
+                    None, None, f"key '{key.value}' stands twice", key.start_mark
+                )
+            seen.add(str(key.value))
+        super().flatten_mapping(node)
 
 
 def _apply(config: dict[str, Any], override: str) -> None:
@@ -116,7 +133,7 @@ def _dataclass(kind: Any, value: Any, path: str) -> Any:
 def _named(family: Mapping[str, type], value: Any, path: str) -> Any:
     fields = dict(value) if isinstance(value, dict) else {"name": value}
     name = fields.pop("name", None)
-    if name not in family:
+    if not isinstance(name, str) or name not in family:
         known = ", ".join(sorted(family))
         raise ConfigError(
             f"{_join(path, 'name')}: {name!r} is not one of {known}{_hint(str(name), family)}"

@@ -123,6 +123,9 @@ class Optimizer:
                 f"{name}: clipvalue=({low}, {high}) needs `use_gradient_accumulation` to be True, "
                 f"got {self.use_gradient_accumulation}"
             )
+        # One spelling for one meaning, so that equal bounds are equal optimizers.
+        bounds = None if (low, high) == (None, None) else (low, high)
+        object.__setattr__(self, "clipvalue", bounds)
         slot_fn = getattr(self, "slot_variable_creation_fn", None)
         if slot_fn is not None and not callable(slot_fn):
             raise ConfigError(

@@ -90,9 +90,15 @@ def _kernel_of(optimizer: Optimizer) -> Callable[..., None]:
         case Adagrad():
             function, extra = update.adagrad, ()
         case AdagradMomentum(momentum=m, use_nesterov=n, exponent=e, beta2=b, epsilon=eps):
-            function, extra = update.adagrad_momentum, (f32(m), n, f32(e), f32(b), f32(eps))
+            function, extra = (
+                update.adagrad_momentum,
+                (f32(m), n, f32(-1 / e), f32(b), f32(1 - b), f32(eps)),
+            )
         case Adam(beta_1=b1, beta_2=b2, epsilon=eps, sum_inside_sqrt=inside):
-            function, extra = update.adam, (f32(b1), f32(b2), f32(eps), inside)
+            function, extra = (
+                update.adam,
+                (f32(b1), f32(1 - b1), f32(b2), f32(1 - b2), f32(eps), inside),
+            )
         case FTRL(
             learning_rate_power=p,
             l1_regularization_strength=l1,

@@ -105,7 +105,8 @@ class ShardState:
             )
         self._next_step[push.worker] = push.step + 1
         self._pushes[push.step][push.worker] = push
-        while len(self._pushes.get(self.version, ())) == self.spec.num_workers:
+        # At most one version can be made: each worker's steps come one after the other.
+        if len(self._pushes.get(self.version, ())) == self.spec.num_workers:
             self._apply(self._pushes.pop(self.version))
             self.version += 1
             self._answer_waiting()
@@ -158,6 +159,11 @@ class ShardState:
 
     def _check_push(self, push: Push) -> None:
         dense = self._check_ready()
+        if not 0 <= push.worker < self.spec.num_workers:
+            raise ProtocolError(
+                f"shard {self.spec.shard_id}: worker {push.worker} is not in "
+                f"[0, {self.spec.num_workers})"
+            )
         self._check_rows(push.local_rows)
         wanted = [
             (index.size, table.dim)
@@ -206,7 +212,8 @@ class ShardState:
 
     def _apply(self, pushes: dict[int, Push]) -> None:
         ranked = [pushes[worker] for worker in range(self.spec.num_workers)]
-        rates: dict[Rate, float] = {}  # a callable is called once a step, however many share it
+        dense = self._check_ready()
+        rates = self._rates([*self._tables, dense])  # a rate may raise: before anything changes
         for i, store in enumerate(self._tables):
             index, grads = self._reduce(
                 [p.local_rows[i] for p in ranked],
@@ -214,21 +221,26 @@ class ShardState:
                 store.optimizer.use_gradient_accumulation,
             )
             self._rows_pushed += index.size
-            store.apply(index, grads, self._rate(store, rates))
-        dense = self._check_ready()
+            store.apply(index, grads, rates[i])
         first = np.zeros(1, dtype=np.int64)
         index, grads = self._reduce(
             [first] * len(ranked), [p.dense_grad.reshape(1, -1) for p in ranked], True
         )
-        dense.apply(index, grads, self._rate(dense, rates))
+        dense.apply(index, grads, rates[-1])
         if ranked[0].state is not None:
             self._state = ranked[0].state.copy()
 
-    def _rate(self, store: RowStore, known: dict[Rate, float]) -> float:
-        rate = store.optimizer.learning_rate
-        if rate not in known:
-            known[rate] = evaluate_rate(rate, self.version)
-        return known[rate]
+    def _rates(self, stores: list[RowStore]) -> list[float]:
+        """The rate of each; a callable is called once a step, however many share it."""
+        known: list[tuple[Rate, float]] = []
+        rates = []
+        for rate in (store.optimizer.learning_rate for store in stores):
+            value = next((value for seen, value in known if seen == rate), None)
+            if value is None:
+                value = evaluate_rate(rate, self.version)
+                known.append((rate, value))
+            rates.append(value)
+        return rates
 
     def _reduce(self, indices: list[I64], grads: list[F32], accumulate: bool) -> tuple[I64, F32]:
         """One gradient per row (or per contribution), summed in worker-rank order."""

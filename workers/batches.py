@@ -9,6 +9,7 @@ of `shuffle_rows`. An incomplete last batch is left out in training and padded i
 from __future__ import annotations
 
 from collections.abc import Iterator, Sequence
+from contextlib import contextmanager
 from dataclasses import dataclass
 from pathlib import Path
 
@@ -70,8 +71,13 @@ class ExampleReader:
         self._seed = seed
         self._path = path
         dataset = _open(path)
-        check_schema(dataset.schema, data, features, path)
-        self._groups = [g for f in dataset.get_fragments() for g in f.split_by_row_group()]
+        with _readable(path):
+            files = list(dataset.get_fragments())
+            self._groups = [group for file in files for group in file.split_by_row_group()]
+        if not files:
+            raise DataError(f"data set {path} has no files")
+        for file in files:
+            check_schema(file.physical_schema, data, features, Path(file.path))
         self._sizes: list[int] = [group.row_groups[0].num_rows for group in self._groups]
         self.num_rows = sum(self._sizes)
         if self.num_rows == 0:
@@ -80,6 +86,15 @@ class ExampleReader:
         for name, feature in features.items():
             columns += [feature.column or name] + ([feature.weights] if feature.weights else [])
         self._columns = list(dict.fromkeys(columns))
+        self._schema = self._common_schema([file.physical_schema for file in files])
+
+    def _common_schema(self, schemas: list[pa.Schema]) -> pa.Schema:
+        """The columns that are read, with types wide enough for every file."""
+        used = [pa.schema([schema.field(name) for name in self._columns]) for schema in schemas]
+        try:
+            return pa.unify_schemas(used, promote_options="permissive")
+        except pa.ArrowTypeError as e:
+            raise DataError(f"data set {self._path}: its files differ: {e}") from None
 
     def steps_per_epoch(self, batch_size: int) -> int:
         """Full batches that every worker has in an epoch; `batch_size` is per worker."""
@@ -116,7 +131,7 @@ class ExampleReader:
         return pieces
 
     def _read(self, piece: _Piece) -> pa.Table:
-        table = self._groups[piece.group].to_table(columns=self._columns)
+        table = self._groups[piece.group].to_table(schema=self._schema, columns=self._columns)
         return table.slice(piece.start, piece.stop - piece.start)
 
     def _mixed(self, pieces: Sequence[_Piece], rng: np.random.Generator) -> Iterator[pa.Table]:
@@ -150,8 +165,14 @@ class ExampleReader:
 
 
 def _open(path: Path) -> pads.Dataset:
-    try:
+    with _readable(path):
         return pads.dataset(str(path), format="parquet")
+
+
+@contextmanager
+def _readable(path: Path) -> Iterator[None]:
+    try:
+        yield
     except FileNotFoundError:
         raise DataError(f"data set {path}: no such file or folder") from None
     except (pa.ArrowInvalid, OSError) as e:

@@ -58,7 +58,7 @@ def number_column(table: pa.Table, column: str) -> F32:
     values = table[column]
     if values.null_count:
         raise DataError(f"column '{column}' has {values.null_count} nulls, wanted numbers only")
-    numbers: F32 = values.cast(pa.float32()).to_numpy()
+    numbers: F32 = values.cast(pa.float32(), safe=False).to_numpy()
     return numbers
 
 
@@ -80,7 +80,7 @@ def bag_column(table: pa.Table, column: str, weight_column: str | None) -> Ragge
         splits = kept[splits]
         ids = ids[valid]
         weights = None if weights is None else weights[valid]
-    return Ragged(ids.astype(np.int64, copy=False), splits, weights)
+    return Ragged(ids, splits, weights)
 
 
 def _flat(table: pa.Table, column: str) -> tuple[np.ndarray, I64, np.ndarray]:

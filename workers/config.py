@@ -76,6 +76,12 @@ class FeatureEntry:
     max_sequence_length: int = 0
     validate_weights_and_indices: bool = True
 
+    def __post_init__(self) -> None:
+        if self.max_sequence_length < 0:
+            raise ConfigError(
+                f"`max_sequence_length` must be at least 0, got {self.max_sequence_length}"
+            )
+
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class ModelConfig:
@@ -113,10 +119,9 @@ class TrainConfig:
                 raise ConfigError(f"{name} must be at least 1, got {getattr(self, name)}")
         if not 0 <= self.lookahead <= 2:
             raise ConfigError(f"lookahead must be 0, 1 or 2, got {self.lookahead}")
-        if self.clip_predictions is not None and len(self.clip_predictions) != 2:
-            raise ConfigError(
-                f"clip_predictions must be [low, high], got {list(self.clip_predictions)}"
-            )
+        clip = self.clip_predictions
+        if clip is not None and (len(clip) != 2 or clip[0] > clip[1]):
+            raise ConfigError(f"clip_predictions must be [low, high], got {list(clip)}")
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -164,6 +169,8 @@ class JobConfig:
     output: OutputConfig = field(default_factory=OutputConfig)
 
     def __post_init__(self) -> None:
+        if self.seed < 0:
+            raise ConfigError(f"seed must be at least 0, got {self.seed}")
         if not self.features:
             raise ConfigError("features: at least one is needed")
         for name, feature in self.features.items():

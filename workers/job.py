@@ -245,9 +245,7 @@ class Run:
         ) as writer:
             self.shards.write_tables(writer)
             named = ray.get(self.workers[0].variables.remote(dense, state))
-            writer.add_dense(
-                named, {"name": self.job.model.build, "params": self.job.model.params}
-            )
+            writer.add_dense(named, {"name": self.job.model.build, "params": self.job.model.params})
             return writer.commit()
 
     def stop(self) -> None:

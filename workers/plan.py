@@ -14,7 +14,7 @@ from dataclasses import dataclass
 import numpy as np
 
 from ps.config import EmbeddingSpec, FeatureSpec, TableSpec
-from ps.errors import IdRangeError
+from ps.errors import ConfigError, IdRangeError
 from ps.kernels.combine import (
     COMBINER_CODES,
     combine_gradients,
@@ -95,7 +95,15 @@ def activations(spec: EmbeddingSpec, plan: BatchPlan, rows: Mapping[str, F32]) -
 
 
 def activation_shape(spec: EmbeddingSpec, feature: FeatureSpec, batch: int) -> tuple[int, ...]:
-    """[B, D], or [B, L, D] for a sequence feature."""
+    """[B, D], or [B, L, D] for a sequence feature.
+
+    Raises:
+        ConfigError: the feature has an `output_shape`, which training does not do yet.
+    """
+    if feature.output_shape is not None:
+        raise ConfigError(
+            f"feature '{feature.name}': `output_shape` is not implemented in training"
+        )
     dim = spec.table(feature.table).dim
     if feature.max_sequence_length > 0:
         return (batch, feature.max_sequence_length, dim)

@@ -48,7 +48,8 @@ def mix64(z: np.uint64) -> np.uint64:
 def _unit(key: np.uint64, counter: int) -> float:
     """The counter-th number of the sequence, float64, uniform in the open interval (0, 1)."""
     bits = mix64(key + _GAMMA * (np.uint64(counter) + np.uint64(1)))
-    u: float = (np.float64(bits >> np.uint64(11)) + 0.5) * (1.0 / 9007199254740992.0)
+    # 52 bits: with 53, adding a half would round the largest one up to u = 1.
+    u: float = (np.float64(bits >> np.uint64(12)) + 0.5) * (1.0 / 4503599627370496.0)
     return u
 
 

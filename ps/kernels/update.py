@@ -54,10 +54,9 @@ def adagrad(rows: F32, accumulators: F32, index_N: I64, grads_ND: F32, rate: np.
 @kernel
 def adagrad_momentum(rows: F32, accumulators: F32, momenta: F32, index_N: I64, grads_ND: F32,
                      rate: np.float32, decay: np.float32, bounds: F32, momentum: np.float32,
-                     nesterov: bool, exponent: np.float32, beta2: np.float32,
+                     nesterov: bool, power: np.float32, beta2: np.float32, rest2: np.float32,
                      epsilon: np.float32) -> None:  # fmt: skip
-    """See `ps.optimizers.AdagradMomentum`."""
-    power = -_ONE / exponent
+    """See `ps.optimizers.AdagradMomentum`; `power` is -1/exponent, `rest2` 1 - beta2."""
     for i in range(index_N.size):
         r = index_N[i]
         for d in range(rows.shape[1]):
@@ -66,7 +65,7 @@ def adagrad_momentum(rows: F32, accumulators: F32, momenta: F32, index_N: I64, g
             if beta2 == _ONE:
                 a = accumulators[r, d] + g * g
             else:
-                a = beta2 * accumulators[r, d] + (_ONE - beta2) * (g * g)
+                a = beta2 * accumulators[r, d] + rest2 * (g * g)
             accumulators[r, d] = a
             s = g * (a + epsilon) ** power
             m = momentum * momenta[r, d] + s
@@ -77,16 +76,20 @@ def adagrad_momentum(rows: F32, accumulators: F32, momenta: F32, index_N: I64, g
 
 @kernel
 def adam(rows: F32, momenta: F32, velocities: F32, index_N: I64, grads_ND: F32, rate: np.float32,
-         decay: np.float32, bounds: F32, beta_1: np.float32, beta_2: np.float32,
-         epsilon: np.float32, inside: bool) -> None:  # fmt: skip
-    """See `ps.optimizers.Adam`."""
+         decay: np.float32, bounds: F32, beta_1: np.float32, rest_1: np.float32,
+         beta_2: np.float32, rest_2: np.float32, epsilon: np.float32,
+         inside: bool) -> None:  # fmt: skip
+    """See `ps.optimizers.Adam`; `rest_1` is 1 - beta_1, `rest_2` 1 - beta_2.
+
+    Both are rounded once, from float64: in float32, 1 - 0.999 is off by 2e-5.
+    """
     for i in range(index_N.size):
         r = index_N[i]
         for d in range(rows.shape[1]):
             g = _clip(grads_ND[i, d], bounds[0], bounds[1])
             w = rows[r, d] - decay * rows[r, d]
-            m = beta_1 * momenta[r, d] + (_ONE - beta_1) * g
-            v = beta_2 * velocities[r, d] + (_ONE - beta_2) * (g * g)
+            m = beta_1 * momenta[r, d] + rest_1 * g
+            v = beta_2 * velocities[r, d] + rest_2 * (g * g)
             momenta[r, d] = m
             velocities[r, d] = v
             root = np.sqrt(v + epsilon * epsilon) if inside else np.sqrt(v) + epsilon

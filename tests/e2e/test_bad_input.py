@@ -1,4 +1,4 @@
-"""Bad input to `manta train` and `manta serve`: one clear line, a bad exit, nothing half-written."""
+"""Bad input to `manta train` and `manta serve`: one line, a bad exit, nothing half-written."""
 
 from __future__ import annotations
 
@@ -73,22 +73,66 @@ def unchanged(folder: Path) -> None:
 
 IDS = np.arange(200) % 300
 CASES = {
-    "unknown key": (unchanged, ["--set", "train.epocs=2"], r"train\.epocs: unknown key; did you mean 'epochs'\?"),
-    "wrong type": (unchanged, ["--set", "tables.users.dim=wide"], r"tables\.users\.dim: wanted a whole number, got 'wide'"),
-    "bad value": (unchanged, ["--set", "tables.users.dim=0"], r"tables\.users: .*`dim` must be an int >= 1, got 0"),
-    "unknown table": (unchanged, ["--set", "features.user.table=user"], r"features\.user\.table: no table 'user'; known: users"),
+    "unknown key": (
+        unchanged,
+        ["--set", "train.epocs=2"],
+        r"train\.epocs: unknown key; did you mean 'epochs'\?",
+    ),
+    "wrong type": (
+        unchanged,
+        ["--set", "tables.users.dim=wide"],
+        r"tables\.users\.dim: wanted a whole number, got 'wide'",
+    ),
+    "bad value": (
+        unchanged,
+        ["--set", "tables.users.dim=0"],
+        r"tables\.users: .*`dim` must be an int >= 1, got 0",
+    ),
+    "unknown table": (
+        unchanged,
+        ["--set", "features.user.table=user"],
+        r"features\.user\.table: no table 'user'; known: users",
+    ),
     "missing column": (without_column("user"), [], r"has no column 'user'; it has items, .*"),
-    "text ids": (with_column("user", pa.array(["a"] * 200)), [], r"column 'user' of feature 'user' is string, wanted integers or lists of integers"),
-    "text label": (with_column("label", pa.array(["a"] * 200)), [], r"column 'label' is string, wanted a number"),
-    "null label": (with_column("label", pa.array([None] + [1.0] * 199)), [], r"column 'label' has 1 nulls, wanted numbers only"),
-    "id too large": (with_column("user", pa.array(np.where(IDS == 77, 300, IDS))), [], r"feature 'user': id 300 is not in \[0, 300\) of table 'users'"),
-    "negative id": (with_column("user", pa.array(np.where(IDS == 77, -1, IDS))), [], r"feature 'user': id -1 is not in \[0, 300\) of table 'users'"),
+    "text ids": (
+        with_column("user", pa.array(["a"] * 200)),
+        [],
+        r"column 'user' of feature 'user' is string, wanted integers or lists of integers",
+    ),
+    "text label": (
+        with_column("label", pa.array(["a"] * 200)),
+        [],
+        r"column 'label' is string, wanted a number",
+    ),
+    "null label": (
+        with_column("label", pa.array([None] + [1.0] * 199)),
+        [],
+        r"column 'label' has 1 nulls, wanted numbers only",
+    ),
+    "id too large": (
+        with_column("user", pa.array(np.where(IDS == 77, 300, IDS))),
+        [],
+        r"feature 'user': id 300 is not in \[0, 300\) of table 'users'",
+    ),
+    "negative id": (
+        with_column("user", pa.array(np.where(IDS == 77, -1, IDS))),
+        [],
+        r"feature 'user': id -1 is not in \[0, 300\) of table 'users'",
+    ),
     "no rows": (emptied, [], r"data set examples\.parquet has no rows"),
-    "too few rows": (unchanged, ["--set", "train.batch_size=512"], r"200 rows do not fill one batch of 512"),
+    "too few rows": (
+        unchanged,
+        ["--set", "train.batch_size=512"],
+        r"200 rows do not fill one batch of 512",
+    ),
     "no file": (removed, [], r"data set examples\.parquet: no such file or folder"),
     "not Parquet": (garbled, [], r"data set examples\.parquet: not readable as Parquet: .*"),
-    "no model": (unchanged, ["--set", "model.build=dlmr"], r"model\.build: no model 'dlmr'; known: dlrm, two_tower.*"),
-}  # fmt: skip
+    "no model": (
+        unchanged,
+        ["--set", "model.build=dlmr"],
+        r"model\.build: no model 'dlmr'; known: dlrm, two_tower.*",
+    ),
+}
 
 
 @pytest.mark.parametrize("case", CASES)

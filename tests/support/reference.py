@@ -164,7 +164,7 @@ def shard_major(
 
 _M64 = (1 << 64) - 1
 _GAMMA = 0x9E3779B97F4A7C15
-_UNIT_BITS = 53
+_UNIT_BITS = 52
 
 
 def mix64(z: int) -> int:
@@ -288,8 +288,8 @@ def _adagrad_momentum(
     o: AdagradMomentum, w: F32, g: F32, rate: np.float32, power: Power, a: F32, m: F32
 ) -> tuple[F32, ...]:
     beta2, momentum = f32(o.beta2), f32(o.momentum)
-    a = a + g * g if beta2 == 1 else beta2 * a + (f32(1) - beta2) * (g * g)
-    s = g * power(a + f32(o.epsilon), f32(-1) / f32(o.exponent))
+    a = a + g * g if beta2 == 1 else beta2 * a + f32(1 - o.beta2) * (g * g)
+    s = g * power(a + f32(o.epsilon), f32(-1 / o.exponent))
     m = momentum * m + s
     return w - rate * (momentum * m + s if o.use_nesterov else m), a, m
 
@@ -298,8 +298,8 @@ def _adam(
     o: Adam, w: F32, g: F32, rate: np.float32, power: Power, m: F32, v: F32
 ) -> tuple[F32, ...]:
     b1, b2, epsilon = f32(o.beta_1), f32(o.beta_2), f32(o.epsilon)
-    m = b1 * m + (f32(1) - b1) * g
-    v = b2 * v + (f32(1) - b2) * (g * g)
+    m = b1 * m + f32(1 - o.beta_1) * g
+    v = b2 * v + f32(1 - o.beta_2) * (g * g)
     root = np.sqrt(v + epsilon * epsilon) if o.sum_inside_sqrt else np.sqrt(v) + epsilon
     return w - rate * m / root, m, v
 

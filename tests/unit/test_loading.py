@@ -305,3 +305,12 @@ def test_initializers_are_built_by_name(tmp_path: Path) -> None:
     assert "tables.users.initializer" in message
     assert "minval" in message
     assert RandomUniform().minval == -0.05
+
+
+def test_a_key_that_stands_twice_is_an_error(tmp_path: Path) -> None:
+    path = tmp_path / "twice.yaml"
+    path.write_text("name: a\ndata: &d {x: 1}\nmore: {<<: *d, x: 2}\nname: b\n")
+    with pytest.raises(ConfigError, match=r"key 'name' stands twice .*line 4"):
+        load_yaml(path)
+    path.write_text("data: &d {x: 1}\nmore: {<<: *d, x: 2}\n")
+    assert load_yaml(path)["more"] == {"x": 2}

@@ -102,8 +102,7 @@ GOLDEN: list[tuple[Optimizer, tuple[Any, ...], tuple[Any, ...]]] = [
 def test_two_steps_give_the_published_numbers(
     optimizer: Optimizer, first: tuple[Any, ...], second: tuple[Any, ...]
 ) -> None:
-    # Seven digits are published; in float32 Adam's 1 - .999 is 1.7e-5 off, and shows in v.
-    tolerance = 1.7e-5 if optimizer == Adam() else 5e-7
+    tolerance = 5e-7  # seven digits are published
     store = store_of(optimizer, *W0)
     for grad, want in ((G1, first), (G2, second)):
         step(store, *grad)
