@@ -28,7 +28,7 @@ _EXPORTS = {
                         "Constant", "RowIdInitializer"),
     "ps.ragged": ("Ragged",),
     "ps.errors": ("MantaError", "ConfigError", "DataError", "ExportError", "InputError",
-                  "IdRangeError", "JobError", "ServerError"),
+                  "IdRangeError", "JobError", "ServerError", "ServerUnavailableError"),
     "ps.export": ("open_export", "Export"),
     "workers.config": ("JobConfig", "load_job"),
     "workers.job": ("train", "TrainResult"),
@@ -63,8 +63,8 @@ Address = Annotated[
 Seed = Annotated[int, typer.Option(help="Seed of every random choice.")]
 
 
-@app.command()
-def train(
+@app.command("train")
+def train_command(
     config: ConfigPath,
     overrides: Annotated[
         list[str] | None,
@@ -76,30 +76,23 @@ def train(
     """Train the job of a YAML file; write an export and metrics."""
     from rich.console import Console
 
-    from ps.cluster import ray_cluster
     from workers.config import load_job
-    from workers.job import plan_job
-    from workers.job import train as run
+    from workers.job import train
     from workers.progress import LiveDisplay, MetricsFile, PlainLines
 
     job = load_job(config, overrides or ())
-    plan_job(job)
     console = Console(quiet=quiet)
     display = LiveDisplay(console) if console.is_terminal else PlainLines(console)
-    cluster = job.cluster
-    cpus = cluster.shards * cluster.shard_resources.get("CPU", 0)
-    cpus += cluster.workers * cluster.worker_resources.get("CPU", 0)
     with contextlib.ExitStack() as stack:
         stack.callback(display.close)
         listeners: list[Any] = [display]
         if job.output.metrics is not None:
             listeners.append(stack.enter_context(MetricsFile(job.output.metrics)))
-        stack.enter_context(ray_cluster(address, cpus))
-        run(job, listeners)
+        train(job, listeners, address=address)
 
 
-@app.command()
-def serve(
+@app.command("serve")
+def serve_command(
     export: ExportPath,
     host: Annotated[str, typer.Option(help="Address to listen on.")] = "127.0.0.1",
     port: Annotated[int, typer.Option(help="Port to listen on; 0: a free one.")] = 8000,
@@ -160,8 +153,8 @@ def _stop_signal() -> Iterator[threading.Event]:
             signal.signal(number, handler)
 
 
-@app.command()
-def lookup(
+@app.command("lookup")
+def lookup_command(
     inputs: Annotated[
         list[str],
         typer.Argument(help="FEATURE=IDS, e.g. user=1,2 or 'genres=[[0,3],[5]]'."),
@@ -192,8 +185,8 @@ def _parse_input(text: str) -> tuple[str, Any]:
         raise InputError(f"lookup {text}: '{ids}' is not a list of ids", feature) from None
 
 
-@prepare.command()
-def movielens(
+@prepare.command("movielens")
+def prepare_movielens_command(
     source: Annotated[Path, typer.Argument(help="Folder of ml-100k, ml-1m, ml-latest, …")],
     out: OutFolder,
     split: Annotated[str, typer.Option(help="random, time, or u1 … u5, ua, ub.")] = "random",
@@ -218,8 +211,8 @@ def movielens(
     )
 
 
-@prepare.command()
-def criteo(
+@prepare.command("criteo")
+def prepare_criteo_command(
     source: Annotated[Path, typer.Argument(help="Tab-separated log, plain or .gz.")],
     out: OutFolder,
     buckets: Annotated[
@@ -234,8 +227,8 @@ def criteo(
     _report(prepare_criteo(source, out, test_fraction=test_fraction, buckets=buckets, seed=seed))
 
 
-@prepare.command()
-def synthetic(
+@prepare.command("synthetic")
+def prepare_synthetic_command(
     kind: Annotated[str, typer.Argument(help="movielens or criteo.")],
     out: OutFolder,
     rows: Annotated[int, typer.Option(help="Examples.")] = 100_000,

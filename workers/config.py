@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Sequence
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from pathlib import Path
 from typing import Any, Literal
 
@@ -191,9 +191,31 @@ class JobConfig:
             )
 
     @property
+    def num_cpus(self) -> float:
+        """CPUs that all actors together ask of Ray."""
+        cluster = self.cluster
+        shards = cluster.shards * cluster.shard_resources.get("CPU", 0.0)
+        return shards + cluster.workers * cluster.worker_resources.get("CPU", 0.0)
+
+    @property
     def worker_batch_size(self) -> int:
         """Examples per step and worker."""
         return self.train.batch_size // self.cluster.workers
+
+    def with_absolute_paths(self) -> JobConfig:
+        """The same job for actors, whose working folder is not the driver's."""
+        data, output = self.data, self.output
+        return replace(
+            self,
+            data=replace(
+                data,
+                train=data.train.absolute(),
+                test=None if data.test is None else data.test.absolute(),
+            ),
+            output=replace(
+                output, export=None if output.export is None else output.export.absolute()
+            ),
+        )
 
     def embedding_spec(self) -> EmbeddingSpec:
         """Tables and features with every default filled in."""
@@ -209,12 +231,12 @@ class JobConfig:
         )
 
 
-def load_job(path: Path, overrides: Sequence[str] = ()) -> JobConfig:
+def load_job(path: str | Path, overrides: Sequence[str] = ()) -> JobConfig:
     """Read a job from YAML, with `--set` overrides.
 
     Raises:
         ConfigError: one line that names the key, what was seen and what is wanted.
     """
-    job: JobConfig = build(JobConfig, load_yaml(path, overrides))
+    job: JobConfig = build(JobConfig, load_yaml(Path(path), overrides))
     job.embedding_spec()
     return job

@@ -12,7 +12,7 @@ from typing import Any, Protocol
 import numpy as np
 import ray
 
-from ps.cluster import free_resources
+from ps.cluster import free_resources, ray_cluster
 from ps.errors import JobError, MantaError
 from ps.export import ExportWriter
 from ps.group import ShardGroup
@@ -114,9 +114,16 @@ def plan_job(job: JobConfig) -> JobPlan:
 
 
 def train(
-    job: JobConfig, listeners: Sequence[Listener] = (), clock: Callable[[], float] = time.monotonic
+    job: JobConfig,
+    listeners: Sequence[Listener] = (),
+    *,
+    address: str | None = None,
+    clock: Callable[[], float] = time.monotonic,
 ) -> TrainResult:
-    """Run a job on the connected Ray cluster, from the first step to the export.
+    """Run a job from the first step to the export.
+
+    It runs on the Ray that is connected; else on the cluster at `address`, or on one started on
+    this machine for the run (see `ps.cluster.ray_cluster`).
 
     Raises:
         MantaError: bad input or configuration, or an actor that died; the actors are stopped and
@@ -125,7 +132,7 @@ def train(
     plan = plan_job(job)
     for listener in listeners:
         listener.starting(plan)
-    with running(job) as run:
+    with ray_cluster(address, job.num_cpus), running(job) as run:
         started = clock()
         run.train(plan, listeners, clock)
         train_s = clock() - started
@@ -159,7 +166,7 @@ class Run:
     """The actors of a running job."""
 
     def __init__(self, job: JobConfig) -> None:
-        self.job = job
+        self.job = job = job.with_absolute_paths()
         self._layout: Layout | None = None
         self.workers: list[Any] = []
         self.shards = ShardGroup(
@@ -240,9 +247,7 @@ class Run:
         if root is None:
             return None
         dense, _, state = self.shards.read_dense()
-        with ExportWriter(
-            root.absolute(), self.shards.embedding, step=step, job=self.job.name
-        ) as writer:
+        with ExportWriter(root, self.shards.embedding, step=step, job=self.job.name) as writer:
             self.shards.write_tables(writer)
             named = ray.get(self.workers[0].variables.remote(dense, state))
             writer.add_dense(named, {"name": self.job.model.build, "params": self.job.model.params})

@@ -6,7 +6,7 @@ import json
 from dataclasses import asdict
 from pathlib import Path
 from types import TracebackType
-from typing import Any, Self
+from typing import Any, Self, TextIO
 
 from rich.console import Console
 from rich.progress import BarColumn, MofNCompleteColumn, TextColumn, TimeRemainingColumn
@@ -88,16 +88,9 @@ class MetricsFile:
     """One JSON object per report, and one with `"event": "finished"`."""
 
     def __init__(self, path: Path) -> None:
-        """Open the file anew.
-
-        Raises:
-            JobError: it cannot be written.
-        """
-        try:
-            path.parent.mkdir(parents=True, exist_ok=True)
-            self._file = path.open("w", encoding="utf-8")
-        except OSError as e:
-            raise JobError(f"metrics file {path}: {e.strerror}") from None
+        """Name the file; it is written anew when the job starts."""
+        self._path = path
+        self._file: TextIO | None = None
 
     def __enter__(self) -> Self:
         return self
@@ -108,10 +101,20 @@ class MetricsFile:
         error: BaseException | None,
         trace: TracebackType | None,
     ) -> None:
-        self._file.close()
+        if self._file is not None:
+            self._file.close()
 
     def starting(self, plan: JobPlan) -> None:
-        """See `Listener`."""
+        """See `Listener`.
+
+        Raises:
+            JobError: the file cannot be written.
+        """
+        try:
+            self._path.parent.mkdir(parents=True, exist_ok=True)
+            self._file = self._path.open("w", encoding="utf-8")
+        except OSError as e:
+            raise JobError(f"metrics file {self._path}: {e.strerror}") from None
         self._write(
             "starting",
             job=plan.job.name,
@@ -137,6 +140,7 @@ class MetricsFile:
         )
 
     def _write(self, event: str, **fields: Any) -> None:
+        assert self._file is not None, "a job starts before it reports"
         self._file.write(json.dumps({"event": event, **fields}) + "\n")
         self._file.flush()
 

@@ -137,6 +137,7 @@ def test_the_public_face_imports_lightly_and_completely() -> None:
         "manta.LookupClient, manta.Ragged\n"
         "assert not {'ray', 'tensorflow', 'numba', 'pyarrow'} & set(sys.modules)\n"
         "[getattr(manta, name) for name in manta.__all__]\n"
+        "import workers.job; assert manta.train is workers.job.train\n"
         "assert 'tensorflow' not in sys.modules\n"
     )
     subprocess.run([sys.executable, "-c", script], check=True, timeout=60)

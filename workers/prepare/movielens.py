@@ -86,7 +86,7 @@ def prepare_movielens(
         if max_history:
             rows.add_history(max_history, history_rating)
         if max_ratings:
-            rows.add_ratings(max_ratings, half_stars=layout.has_header)
+            rows.add_ratings(max_ratings, half_stars=layout.has_header or _has_halves(data))
         train = _shuffled(data.train, seed) if shuffle else data.train
         rows.write_split(folder, "train", train, row_group_rows)
         rows.write_split(folder, "test", data.test, row_group_rows)
@@ -185,6 +185,11 @@ def _test_mask(
             f"test_fraction {test_fraction} of {len(ratings)} rows leaves none to train"
         )
     return mask
+
+
+def _has_halves(data: _Data) -> bool:
+    """ml-10m has half stars in the format of ml-1m."""
+    return any(bool((part.rating % 1).any()) for part in (data.train, data.test))
 
 
 def _shuffled(ratings: Ratings, seed: int) -> Ratings:
