@@ -8,7 +8,7 @@ DEMO   := runs/demo
 SOURCES := manta.py $(shell find ps workers serving -name '*.py')
 TESTS   := $(shell find tests -name '*.py') $(wildcard configs/*.yaml) pyproject.toml
 
-.PHONY: demo test retest fast faults check lint types imports format install clean
+.PHONY: demo test retest fast faults check lint types imports format bench install clean
 
 ## demo: make data, train on 2 shards and 2 workers, export, serve, ask one lookup over HTTP
 demo: $(DEMO)/export/LATEST
@@ -60,6 +60,10 @@ imports: $(MADE)/installed-dev
 format: $(MADE)/installed-dev
 	$(BIN)/ruff check --fix .
 	$(BIN)/ruff format .
+
+## bench: against peers, in the same run
+bench: $(MADE)/installed-dev
+	PYTHONPATH=. $(BIN)/python benchmarks/lookup.py
 
 ## install: the virtual environment with everything needed to train and serve
 install: $(MADE)/installed
