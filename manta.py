@@ -135,7 +135,8 @@ def _example_lookup(url: str, export: Any) -> None:
     typer.echo(f"LookupClient('{url}').lookup({inputs})")
     for name, values in outputs.items():
         numbers = ", ".join(f"{x:.4f}" for x in values.reshape(-1)[:4])
-        typer.echo(f"  {name}: float32 {list(values.shape)} [{numbers}, …]")
+        more = ", …" if values.size > 4 else ""
+        typer.echo(f"  {name}: float32 {list(values.shape)} [{numbers}{more}]")
 
 
 @contextlib.contextmanager
