@@ -85,7 +85,7 @@ class PlainLines:
 
 
 class MetricsFile:
-    """One JSON object per report, and one with `"event": "finished"`."""
+    """One JSON object per report; the last one has `"event"` "finished" or "failed"."""
 
     def __init__(self, path: Path) -> None:
         """Name the file; it is written anew when the job starts."""
@@ -101,8 +101,11 @@ class MetricsFile:
         error: BaseException | None,
         trace: TracebackType | None,
     ) -> None:
-        if self._file is not None:
-            self._file.close()
+        if self._file is None:
+            return
+        if error is not None:
+            self._write("failed", error=f"{type(error).__name__}: {error}")
+        self._file.close()
 
     def starting(self, plan: JobPlan) -> None:
         """See `Listener`.

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import json
 import re
 import shutil
 from collections.abc import Callable
@@ -146,6 +147,9 @@ def test_training_on_bad_input_is_one_line_and_leaves_nothing(
     assert re.search(rf"^error: .*{reason}", run.stderr.splitlines()[-1]), run.stderr
     assert "Traceback" not in run.stderr
     assert not (folder / "out" / "export").exists()
+    if (folder / "out").exists():  # the error came up in a worker: the log of the run says so
+        last = (folder / "out" / "metrics.jsonl").read_text().splitlines()[-1]
+        assert json.loads(last)["event"] == "failed"
 
 
 def test_an_unknown_config_file_is_one_line(manta: Manta, tmp_path: Path) -> None:
