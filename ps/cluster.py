@@ -4,8 +4,9 @@ from __future__ import annotations
 
 import logging
 import os
-from collections.abc import Iterator
+from collections.abc import Iterator, Mapping
 from contextlib import contextmanager
+from typing import Any
 
 import ray
 
@@ -51,6 +52,14 @@ def _start_local(min_cpus: float) -> None:
         logging_level=logging.ERROR,
         runtime_env={"env_vars": {"PYTHONPATH": os.pathsep.join(p for p in paths if p)}},
     )
+
+
+def actor_options(resources: Mapping[str, float]) -> dict[str, Any]:
+    """What an actor asks for, as Ray's options: some resources have an argument of their own."""
+    own = {"CPU": "num_cpus", "GPU": "num_gpus", "memory": "memory"}
+    options: dict[str, Any] = {"num_cpus": 0, "num_gpus": 0}
+    options |= {own[name]: amount for name, amount in resources.items() if name in own}
+    return options | {"resources": {k: v for k, v in resources.items() if k not in own}}
 
 
 def free_resources() -> dict[str, float]:

@@ -2,8 +2,9 @@
 
 from __future__ import annotations
 
+import time
 from collections import deque
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, replace
 from typing import Any
 
@@ -12,7 +13,7 @@ import ray
 
 from ps.actor import ShardServer
 from ps.client import DEFAULT_TIMEOUT_S, PendingRows
-from ps.cluster import free_resources
+from ps.cluster import actor_options, free_resources
 from ps.config import EmbeddingSpec
 from ps.errors import JobError
 from ps.export import ExportWriter
@@ -30,6 +31,12 @@ class TableState:
     slots: dict[str, F32]
 
 
+CALLS_PER_WORKER = 16
+"""Room in an actor for a worker's calls: pulls that wait and pushes, 3 + 5 at lookahead 2."""
+CHECK_EVERY_S = 1.0
+EXPORT_TIMEOUT_S = 3600.0
+
+
 class RayTransport:
     """Carries one worker's messages to shard actors (see `ps.client.Transport`)."""
 
@@ -43,7 +50,9 @@ class RayTransport:
 
     def pull(self, shard: int, pull: Pull) -> PendingRows:
         """See `Transport.pull`."""
-        return _RayRows(self._handles[shard].pull.remote(self._next_number(shard), pull))
+        ref = self._handles[shard].pull.remote(self._next_number(shard), pull)
+        what = f"shard {shard} has not answered the pull of version {pull.version}"
+        return _RayRows(ref, what, self._raise_failed_push)
 
     def push(self, shard: int, push: Push) -> None:
         """See `Transport.push`."""
@@ -56,18 +65,37 @@ class RayTransport:
         ray.get(list(self._pushes), timeout=timeout_s)
         self._pushes.clear()
 
+    def _raise_failed_push(self) -> None:
+        """A step that a shard could not apply makes no version: a pull would wait in vain."""
+        if not self._pushes:
+            return
+        done, _ = ray.wait(list(self._pushes), num_returns=len(self._pushes), timeout=0)
+        ray.get(done)
+
     def _next_number(self, shard: int) -> int:
         self._numbers[shard] += 1
         return self._numbers[shard] - 1
 
 
 class _RayRows:
-    def __init__(self, ref: Any) -> None:
+    def __init__(self, ref: Any, what: str, check: Callable[[], None]) -> None:
         self._ref = ref
+        self._what = what
+        self._check = check
 
     def result(self, timeout_s: float) -> Rows:
-        rows: Rows = ray.get(self._ref, timeout=timeout_s)
-        return rows
+        deadline = time.monotonic() + timeout_s
+        while True:
+            left_s = max(0.0, deadline - time.monotonic())
+            try:
+                rows: Rows = ray.get(self._ref, timeout=min(CHECK_EVERY_S, left_s))
+                return rows
+            except ray.exceptions.GetTimeoutError:
+                self._check()
+                if left_s == 0.0:
+                    raise JobError(
+                        f"{self._what} within {timeout_s:g} s: another worker is slow or stuck"
+                    ) from None
 
 
 class ShardGroup:
@@ -82,10 +110,9 @@ class ShardGroup:
             ray.remote(ShardServer)
             .options(
                 name=f"{name}-shard-{shard}",
-                num_cpus=resources.get("CPU", 0),
-                resources={k: v for k, v in resources.items() if k != "CPU"},
+                **actor_options(resources),
                 max_restarts=0,
-                max_concurrency=1000,
+                max_concurrency=CALLS_PER_WORKER * spec.num_workers + 100,
             )
             .remote(replace(spec, shard_id=shard))
             for shard in range(spec.num_shards)
@@ -150,7 +177,10 @@ class ShardGroup:
         """Let every shard write its rows of every table into an export."""
         for table in self.embedding.tables:
             file = writer.row_file(table.name)
-            counts = ray.get([h.write_export.remote(table.name, file) for h in self.handles])
+            counts = ray.get(
+                [h.write_export.remote(table.name, file) for h in self.handles],
+                timeout=EXPORT_TIMEOUT_S,
+            )
             assert sum(counts) == table.vocabulary_size, "every row belongs to one shard"
 
     def stop(self) -> None:

@@ -224,7 +224,9 @@ class ShardState:
             store.apply(index, grads, rates[i])
         first = np.zeros(1, dtype=np.int64)
         index, grads = self._reduce(
-            [first] * len(ranked), [p.dense_grad.reshape(1, -1) for p in ranked], True
+            [first] * len(ranked),
+            [p.dense_grad.reshape(1, -1) for p in ranked],
+            dense.optimizer.use_gradient_accumulation,
         )
         dense.apply(index, grads, rates[-1])
         if ranked[0].state is not None:

@@ -122,6 +122,13 @@ class TrainConfig:
         clip = self.clip_predictions
         if clip is not None and (len(clip) != 2 or clip[0] > clip[1]):
             raise ConfigError(f"clip_predictions must be [low, high], got {list(clip)}")
+        if clip is not None and self.loss != "mse":
+            raise ConfigError(f"clip_predictions works with loss mse only, got loss {self.loss}")
+        if getattr(self.dense_optimizer, "slot_variable_creation_fn", None) is not None:
+            raise ConfigError(
+                "dense_optimizer: shards make their own slots; leave out "
+                "`slot_variable_creation_fn`"
+            )
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -142,6 +149,13 @@ class ClusterConfig:
         for name in ("shards", "workers", "threads_per_worker"):
             if getattr(self, name) < 1:
                 raise ConfigError(f"{name} must be at least 1, got {getattr(self, name)}")
+        for name in ("start_timeout_s", "step_timeout_s"):
+            if not getattr(self, name) > 0:
+                raise ConfigError(f"{name} must be above 0, got {getattr(self, name)}")
+        for name in ("shard_resources", "worker_resources"):
+            for resource, amount in getattr(self, name).items():
+                if not amount >= 0 or resource == "object_store_memory":
+                    raise ConfigError(f"{name}.{resource}: not to be asked for, got {amount}")
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)

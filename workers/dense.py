@@ -6,6 +6,7 @@ scratch space; their values arrive with every pull and leave as gradients.
 
 from __future__ import annotations
 
+import itertools
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any
@@ -75,8 +76,8 @@ class DenseStep:
         for variables, flat in ((self._trainable, dense), (self._state, state)):
             for variable, value in zip(variables, _unflat(variables, flat), strict=True):
                 name = getattr(variable, "path", variable.name).removesuffix(":0")
-                number = sum(n == name or n.startswith(f"{name}_") for n in named)
-                named[f"{name}_{number}" if number else name] = value
+                numbered = (f"{name}_{number}" if number else name for number in itertools.count())
+                named[next(n for n in numbered if n not in named)] = value
         return named
 
     def train(

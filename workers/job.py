@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import time
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass
 from pathlib import Path
@@ -12,7 +12,7 @@ from typing import Any, Protocol
 import numpy as np
 import ray
 
-from ps.cluster import free_resources, ray_cluster
+from ps.cluster import actor_options, free_resources, ray_cluster
 from ps.errors import JobError, MantaError
 from ps.export import ExportWriter
 from ps.group import ShardGroup
@@ -188,19 +188,14 @@ class Run:
         resources = self.job.cluster.worker_resources
         self.workers = [
             ray.remote(TrainWorker)
-            .options(
-                name=f"{self.job.name}-worker-{worker}",
-                num_cpus=resources.get("CPU", 0),
-                num_gpus=resources.get("GPU", 0),
-                resources={k: v for k, v in resources.items() if k not in ("CPU", "GPU")},
-            )
+            .options(name=f"{self.job.name}-worker-{worker}", **actor_options(resources))
             .remote(self.job, worker)
             for worker in range(self.job.cluster.workers)
         ]
         timeout_s = self.job.cluster.start_timeout_s
         self.shards.wait_ready(timeout_s)
         setups = [worker.setup.remote() for worker in self.workers]
-        dense, state = self._gather(setups, timeout_s, "set up")[0]
+        dense, state = self._gather(setups, timeout_s, "set up", asking=resources)[0]
         self._layout = self.shards.set_dense(dense, state)
         connects = [w.connect.remote(self.shards.handles, self._layout) for w in self.workers]
         self._gather(connects, timeout_s, "connected")
@@ -212,7 +207,7 @@ class Run:
         clock: Callable[[], float] = time.monotonic,
     ) -> None:
         """Run all steps; the next bunch is always queued before the last one is waited for."""
-        every = self.job.train.report_every
+        every, step_timeout_s = self.job.train.report_every, self.job.cluster.step_timeout_s
         bunches = [min(every, plan.total_steps - s) for s in range(0, plan.total_steps, every)]
         stats, seen_at, done = self.shards.stats(), clock(), 0
         queued = self._run_steps(bunches[0])
@@ -220,13 +215,15 @@ class Run:
             current = queued
             if i + 1 < len(bunches):
                 queued = self._run_steps(bunches[i + 1])
-            reports = self._gather(current, self.job.cluster.step_timeout_s, f"done {steps} steps")
+            reports = self._gather(current, steps * step_timeout_s, f"done {steps} steps")
             done += steps
             now, now_stats = clock(), self.shards.stats()
             progress = _progress(plan, done, reports, now - seen_at, stats, now_stats)
             stats, seen_at = now_stats, now
             for listener in listeners:
                 listener.progress(progress)
+        finishes = [worker.finish.remote() for worker in self.workers]
+        self._gather(finishes, step_timeout_s, "sent their last gradients")
 
     def evaluate(self, version: int) -> dict[str, float]:
         """Metrics on the test data, {} without any."""
@@ -249,7 +246,10 @@ class Run:
         dense, _, state = self.shards.read_dense()
         with ExportWriter(root, self.shards.embedding, step=step, job=self.job.name) as writer:
             self.shards.write_tables(writer)
-            named = ray.get(self.workers[0].variables.remote(dense, state))
+            named = ray.get(
+                self.workers[0].variables.remote(dense, state),
+                timeout=self.job.cluster.step_timeout_s,
+            )
             writer.add_dense(named, {"name": self.job.model.build, "params": self.job.model.params})
             return writer.commit()
 
@@ -262,7 +262,13 @@ class Run:
     def _run_steps(self, steps: int) -> list[Any]:
         return [worker.run.remote(steps) for worker in self.workers]
 
-    def _gather(self, refs: Sequence[Any], timeout_s: float, what: str) -> list[Any]:
+    def _gather(
+        self,
+        refs: Sequence[Any],
+        timeout_s: float,
+        what: str,
+        asking: Mapping[str, float] | None = None,
+    ) -> list[Any]:
         """All results; raises the first error at once, even while others are still waiting."""
         pending = list(refs)
         deadline = time.monotonic() + timeout_s
@@ -271,10 +277,12 @@ class Run:
                 pending, num_returns=1, timeout=max(0.0, deadline - time.monotonic())
             )
             if not ready:
+                hint = ""
+                if asking is not None:
+                    hint = f"; each asks for {asking}, the cluster has {free_resources()} free"
                 raise JobError(
-                    f"{len(pending)} of {len(refs)} workers had not {what} after {timeout_s:g} s; "
-                    f"each asks for {self.job.cluster.worker_resources}, the cluster has "
-                    f"{free_resources()} free"
+                    f"{len(pending)} of {len(refs)} workers had not {what} "
+                    f"after {timeout_s:g} s{hint}"
                 )
             ray.get(ready)
         results: list[Any] = ray.get(list(refs))
@@ -295,7 +303,7 @@ def unwrapped() -> Iterator[None]:
         if isinstance(cause, ray.exceptions.RayError):
             raise JobError(_first_line(cause)) from None
         raise JobError(f"a worker failed: {type(cause).__name__}: {_first_line(cause)}") from e
-    except ray.exceptions.RayActorError as e:
+    except ray.exceptions.RayError as e:
         raise JobError(_first_line(e)) from None
 
 

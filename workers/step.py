@@ -119,9 +119,12 @@ class StepLoop:
             total_s=self._clock() - start,
         )
 
+    def finish(self) -> None:
+        """Wait until the shards have every push: only then is the last version made."""
+        self._client.flush(self._timeout_s)
+
     def evaluate(self, test: ExampleReader, version: int) -> tuple[F32, F32]:
         """Labels and predictions, float32 [n] each, of this worker's part of a data set."""
-        self._client.flush(self._timeout_s)
         labels, predictions = [np.zeros(0, np.float32)], [np.zeros(0, np.float32)]
         for batch in test.in_order(self._batch_size):
             plan = plan_batch(self._spec, self._client.layout, batch.bags)

@@ -46,6 +46,8 @@ class TrainWorker:
         tf.config.threading.set_intra_op_parallelism_threads(threads)
         tf.config.threading.set_inter_op_parallelism_threads(threads)
         tf.config.experimental.enable_op_determinism()
+        # A user's model may draw initial values without a seed of its own.
+        tf.keras.utils.set_random_seed(self._job.seed % 2**32)
         inputs = ModelInputs(
             activations={
                 f.name: activation_shape(self._spec, f, 1)[1:] for f in self._spec.features
@@ -76,6 +78,11 @@ class TrainWorker:
         """See `StepLoop.run`."""
         assert self._loop is not None, "connect comes first"
         return self._loop.run(num_steps)
+
+    def finish(self) -> None:
+        """See `StepLoop.finish`."""
+        assert self._loop is not None, "connect comes first"
+        self._loop.finish()
 
     def evaluate(self, version: int) -> tuple[F32, F32]:
         """See `StepLoop.evaluate`; on the job's test data."""

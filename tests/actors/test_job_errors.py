@@ -10,8 +10,9 @@ import pyarrow.parquet as pq
 import pytest
 import ray
 
+from ps.config import SGD
 from ps.errors import ConfigError, IdRangeError, JobError
-from tests.support.jobs import every_optimizer_job, write_examples
+from tests.support.jobs import BrokenRate, every_optimizer_job, write_examples
 from workers.config import JobConfig
 from workers.job import Progress, plan_job, running, train
 
@@ -91,3 +92,41 @@ def test_workers_that_wait_for_a_tpu_say_so(job: JobConfig) -> None:
     )
     with pytest.raises(JobError, match=r"2 of 2 workers had not set up after 5 s.*TPU"):
         train(waiting)
+
+
+@pytest.mark.parametrize("bad_step", [3, 19])
+@pytest.mark.timeout(60)  # below the job's own step_timeout_s
+def test_a_step_that_a_shard_cannot_apply_ends_the_job_at_once(
+    job: JobConfig, tmp_path: Path, bad_step: int
+) -> None:
+    users = replace(job.tables["users"], optimizer=SGD(BrokenRate(bad_step)))
+    broken = replace(
+        job,
+        data=replace(job.data, test=None),
+        tables=job.tables | {"users": users},
+        output=replace(job.output, export=tmp_path / "export"),
+    )
+    with pytest.raises(JobError, match=f"no rate for step {bad_step}"):
+        train(broken)
+    assert not (tmp_path / "export").exists()
+    assert living_actors() == []
+
+
+def test_a_bunch_of_steps_may_take_longer_than_one_step_may(job: JobConfig) -> None:
+    slow = replace(
+        job,
+        data=replace(job.data, test=None),
+        train=replace(job.train, epochs=100, report_every=1000),
+        cluster=replace(job.cluster, step_timeout_s=4.0),
+    )
+    assert train(slow).steps == 1000
+
+
+def test_memory_can_be_asked_for(job: JobConfig) -> None:
+    resources = {"CPU": 1.0, "memory": 1e8}
+    asking = replace(
+        job,
+        train=replace(job.train, epochs=1),
+        cluster=replace(job.cluster, shard_resources=resources, worker_resources=resources),
+    )
+    assert train(asking).steps == 10

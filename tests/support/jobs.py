@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from dataclasses import replace
+from dataclasses import dataclass, replace
 from pathlib import Path
 
 import numpy as np
@@ -21,6 +21,18 @@ from workers.config import (
     TableEntry,
     TrainConfig,
 )
+
+
+@dataclass(frozen=True)
+class BrokenRate:
+    """A learning rate that fails at one step."""
+
+    bad_step: int
+
+    def __call__(self, step: int) -> float:
+        if step == self.bad_step:
+            raise RuntimeError(f"no rate for step {step}")
+        return 0.01
 
 
 def write_examples(folder: Path, rows: int = 1200, seed: int = 0) -> Path:

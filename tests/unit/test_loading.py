@@ -92,6 +92,8 @@ def test_a_job_names_its_tables_and_features(tmp_path: Path) -> None:
         ("train.lookahead=3", ["lookahead", "0, 1 or 2", "3"]),
         ("train.lookahead=-1", ["lookahead", "0, 1 or 2"]),
         ("train.clip_predictions=[1]", ["clip_predictions", "[low, high]"]),
+        ("cluster.step_timeout_s=0", ["step_timeout_s", "above 0"]),
+        ("cluster.shard_resources={CPU: -1}", ["shard_resources.CPU", "-1"]),
         ("train.loss=mae", ["train.loss", "'mae'", "mse", "bce"]),
         ("train.reduction=max", ["train.reduction", "'max'", "mean"]),
         ("data.shuffle_rows=-1", ["shuffle_rows", "-1"]),

@@ -367,3 +367,10 @@ def test_any_number_of_shards_trains_the_same_tables(num_workers: int) -> None:
         got, seen = train(num_shards, num_workers, seed=num_workers)
         assert same_contents(got, want)
         assert same_contents(seen, want_seen)
+
+
+def test_without_accumulation_every_worker_updates_the_dense_values_on_its_own() -> None:
+    shard = shard_of(dense_optimizer=Adagrad(1.0, use_gradient_accumulation=False))
+    for worker in range(2):
+        shard.push(push_of(worker, 0))
+    assert np.allclose(shard.dense()[1]["accumulators"], 0.1 + 1.0 + 1.0)
