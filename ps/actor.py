@@ -61,20 +61,26 @@ class ShardServer:
         """See `ShardState.stats`."""
         return self._state.stats()
 
-    async def read(self, table: str) -> list[tuple[int, F32, dict[str, F32]]]:
+    async def read(self, version: int, table: str) -> list[tuple[int, F32, dict[str, F32]]]:
         """(first id, rows, slots) of every slab of a table: for tests and small tables."""
+        self._state.check_version(version)
         return [
             (slab.first_id, rows.copy(), {name: slot.copy() for name, slot in slots.items()})
             for slab, rows, slots in self._state.slabs(table)
         ]
 
-    async def read_dense(self) -> tuple[F32, dict[str, F32], F32]:
-        """See `ShardState.dense`."""
+    async def read_dense(self, version: int) -> tuple[F32, dict[str, F32], F32]:
+        """See `ShardState.dense`; the shard must be at `version`."""
+        self._state.check_version(version)
         dense, slots, state = self._state.dense()
         return dense.copy(), {name: slot.copy() for name, slot in slots.items()}, state.copy()
 
-    async def write_export(self, table: str, file: RowFile) -> int:
-        """Write this shard's rows of a table into an export's file; returns their number."""
+    async def write_export(self, version: int, table: str, file: RowFile) -> int:
+        """Write this shard's rows of a table into an export's file; returns their number.
+
+        The shard must be at `version`.
+        """
+        self._state.check_version(version)
         count = 0
         for slab, rows, _ in self._state.slabs(table):
             write_rows(file, slab.first_id, np.ascontiguousarray(rows))

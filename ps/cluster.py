@@ -30,7 +30,7 @@ def ray_cluster(address: str | None, min_cpus: float) -> Iterator[None]:
     address = address or os.environ.get("RAY_ADDRESS")
     try:
         if address:
-            ray.init(address=address, log_to_driver=False, logging_level=logging.ERROR)
+            _join(address)
         else:
             _start_local(min_cpus)
     except ConnectionError as e:
@@ -41,16 +41,30 @@ def ray_cluster(address: str | None, min_cpus: float) -> Iterator[None]:
         ray.shutdown()
 
 
-def _start_local(min_cpus: float) -> None:
-    # User modules (`model.build: package.module:function`) are found from the current folder.
+def _join(address: str) -> None:
+    submitted = "RAY_JOB_CONFIG_JSON_ENV_VAR" in os.environ  # `ray job submit` set up the paths
+    ray.init(
+        address=address,
+        log_to_driver=False,
+        logging_level=logging.ERROR,
+        runtime_env=None if submitted else _paths(),
+    )
+
+
+def _paths() -> dict[str, dict[str, str]]:
+    """User modules (`model.build: package.module:function`) are found from the current folder."""
     paths = [os.getcwd(), os.environ.get("PYTHONPATH", "")]
+    return {"env_vars": {"PYTHONPATH": os.pathsep.join(p for p in paths if p)}}
+
+
+def _start_local(min_cpus: float) -> None:
     ray.init(
         address="local",
         num_cpus=max(os.cpu_count() or 1, int(min_cpus + 0.999)),
         include_dashboard=False,
         log_to_driver=False,
         logging_level=logging.ERROR,
-        runtime_env={"env_vars": {"PYTHONPATH": os.pathsep.join(p for p in paths if p)}},
+        runtime_env=_paths(),
     )
 
 

@@ -151,34 +151,36 @@ class ShardGroup:
         )
         return stats
 
-    def read_table(self, table: str) -> TableState:
-        """A whole table with its slots, in id order."""
+    def read_table(self, table: str, version: int) -> TableState:
+        """A whole table with its slots, in id order, at exactly `version`."""
         config = self.embedding.table(table)
         shape = (config.vocabulary_size, config.dim)
         rows = np.empty(shape, dtype=np.float32)
         slots = {name: np.empty(shape, dtype=np.float32) for name in config.optimizer.slot_names}
         for handle in self.handles:
             for first_id, part, slot_parts in ray.get(
-                handle.read.remote(table), timeout=DEFAULT_TIMEOUT_S
+                handle.read.remote(version, table), timeout=DEFAULT_TIMEOUT_S
             ):
                 rows[first_id : first_id + len(part)] = part
                 for name, values in slot_parts.items():
                     slots[name][first_id : first_id + len(part)] = values
         return TableState(rows, slots)
 
-    def read_dense(self) -> tuple[F32, dict[str, F32], F32]:
-        """The flat dense vector, its slots, and the non-trainable vector."""
-        parts = ray.get([h.read_dense.remote() for h in self.handles], timeout=DEFAULT_TIMEOUT_S)
+    def read_dense(self, version: int) -> tuple[F32, dict[str, F32], F32]:
+        """The flat dense vector, its slots, and the non-trainable vector, at `version`."""
+        parts = ray.get(
+            [h.read_dense.remote(version) for h in self.handles], timeout=DEFAULT_TIMEOUT_S
+        )
         slots = {name: np.concatenate([p[1][name] for p in parts]) for name in parts[0][1]}
         dense = np.concatenate([p[0] for p in parts])
         return dense, slots, np.concatenate([p[2] for p in parts])
 
-    def write_tables(self, writer: ExportWriter) -> None:
-        """Let every shard write its rows of every table into an export."""
+    def write_tables(self, writer: ExportWriter, version: int) -> None:
+        """Let every shard write its rows of every table, at `version`, into an export."""
         for table in self.embedding.tables:
             file = writer.row_file(table.name)
             counts = ray.get(
-                [h.write_export.remote(table.name, file) for h in self.handles],
+                [h.write_export.remote(version, table.name, file) for h in self.handles],
                 timeout=EXPORT_TIMEOUT_S,
             )
             assert sum(counts) == table.vocabulary_size, "every row belongs to one shard"

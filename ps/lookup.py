@@ -136,6 +136,5 @@ def _check_ids(feature: FeatureSpec, table_name: str, ids_N: I64, num_rows: int)
 def _check_sequence_ids(feature: FeatureSpec, table_name: str, bag: Ragged, num_rows: int) -> None:
     if first_out_of_range(bag.ids, num_rows) < 0:
         return  # the usual case: no need to know which ids are cut off
-    places = np.arange(bag.ids.size) - np.repeat(bag.row_splits[:-1], np.diff(bag.row_splits))
-    kept = bag.ids[places < feature.max_sequence_length]
+    kept = bag.ids[bag.positions < feature.max_sequence_length]
     _check_ids(feature, table_name, kept, num_rows)

@@ -58,7 +58,11 @@ class Placement:
 
     def num_local_rows(self, shard: int) -> int:
         """Rows of the table that a shard holds."""
-        return sum(slab.num_rows for slab in self.slabs(shard))
+        num_slabs = -(-self.vocabulary_size // self.slab_rows)
+        first = (shard - self.offset) % self.num_shards
+        rows = len(range(first, num_slabs, self.num_shards)) * self.slab_rows
+        last_is_here = first < num_slabs and (num_slabs - 1 - first) % self.num_shards == 0
+        return rows - (num_slabs * self.slab_rows - self.vocabulary_size) * last_is_here
 
 
 @dataclass(frozen=True, slots=True, eq=False)

@@ -51,6 +51,11 @@ class Ragged:
         """B, the number of examples."""
         return self.row_splits.size - 1
 
+    @property
+    def positions(self) -> I64:
+        """int64 [N]: each id's place within its example, from 0."""
+        return np.arange(self.ids.size) - np.repeat(self.row_splits[:-1], np.diff(self.row_splits))
+
     @classmethod
     def from_lists(
         cls,

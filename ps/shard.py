@@ -107,9 +107,21 @@ class ShardState:
         self._pushes[push.step][push.worker] = push
         # At most one version can be made: each worker's steps come one after the other.
         if len(self._pushes.get(self.version, ())) == self.spec.num_workers:
-            self._apply(self._pushes.pop(self.version))
+            self._apply(self._pushes[self.version])
+            del self._pushes[self.version]
             self.version += 1
             self._answer_waiting()
+
+    def check_version(self, version: int) -> None:
+        """See that exactly `version` steps are applied, before the whole state is read.
+
+        Raises:
+            ProtocolError: more or fewer steps.
+        """
+        if self.version != version:
+            raise ProtocolError(
+                f"shard {self.spec.shard_id} is at version {self.version}, not {version}"
+            )
 
     def stats(self) -> ShardStats:
         """Counters and sizes."""

@@ -5,6 +5,8 @@ Arrays that arrive through Ray are read-only, which numba compiles apart: both k
 
 from __future__ import annotations
 
+import itertools
+
 import numpy as np
 
 from ps.kernels.combine import add_rows
@@ -17,10 +19,10 @@ def warm_up(spec: ShardSpec) -> None:
     """Run the kernels of this shard once, on one row."""
     tables = spec.embedding.tables
     optimizers = {type(o): o for o in (spec.dense_optimizer, *(t.optimizer for t in tables))}
-    for read_only in (False, True):
+    for index_writeable, grads_writeable in itertools.product((False, True), repeat=2):
         index = np.zeros(1, dtype=np.int64)
         grads = np.zeros((1, 1), dtype=np.float32)
-        index.flags.writeable = grads.flags.writeable = not read_only
+        index.flags.writeable, grads.flags.writeable = index_writeable, grads_writeable
         first_out_of_range(index, 1)
         distinct_ids(index)
         add_rows(grads, index, np.zeros((1, 1), dtype=np.float32))

@@ -103,10 +103,10 @@ class ExampleReader:
     def epoch(self, epoch: int, batch_size: int) -> Iterator[Batch]:
         """The full batches of this worker in one epoch, mixed."""
         steps = self.steps_per_epoch(batch_size)
-        order = np.random.default_rng([self._seed, epoch]).permutation(len(self._groups))
+        order = np.random.default_rng([self._seed, 0, epoch]).permutation(len(self._groups))
         share = self.num_rows // self._num_workers
         pieces = self._span(order, self._worker * share, (self._worker + 1) * share)
-        windows = self._mixed(pieces, np.random.default_rng([self._seed, epoch, self._worker]))
+        windows = self._mixed(pieces, np.random.default_rng([self._seed, 1, epoch, self._worker]))
         for _, batch in zip(range(steps), _rebatch(windows, batch_size), strict=False):
             yield self._to_batch(batch, batch_size)
 
@@ -148,7 +148,13 @@ class ExampleReader:
         table = pa.concat_tables(window)
         if self._data.shuffle_rows == 0:
             return table
-        return table.take(pa.array(rng.permutation(table.num_rows)))
+        try:
+            return table.take(pa.array(rng.permutation(table.num_rows)))
+        except pa.ArrowInvalid as e:  # lists of more than 2³¹ values in all
+            raise DataError(
+                f"data set {self._path}: {table.num_rows} rows are too many to mix at once ({e}); "
+                "lower data.shuffle_rows or write smaller row groups"
+            ) from None
 
     def _to_batch(self, table: pa.Table, batch_size: int) -> Batch:
         count, missing = table.num_rows, batch_size - table.num_rows

@@ -53,17 +53,30 @@ def number_column(table: pa.Table, column: str) -> F32:
     """float32 [B] of a number column.
 
     Raises:
-        DataError: a null.
+        DataError: a null, NaN or infinity.
     """
     values = table[column]
     if values.null_count:
         raise DataError(f"column '{column}' has {values.null_count} nulls, wanted numbers only")
     numbers: F32 = values.cast(pa.float32(), safe=False).to_numpy()
+    _check_finite(numbers, column)
     return numbers
 
 
+def _check_finite(numbers: F32, column: str) -> None:
+    finite = np.isfinite(numbers)
+    if not finite.all():
+        raise DataError(
+            f"column '{column}' holds {numbers[~finite][0]}, wanted finite float32 numbers"
+        )
+
+
 def bag_column(table: pa.Table, column: str, weight_column: str | None) -> Ragged:
-    """The ids of a column, and the weights of another, for B examples."""
+    """The ids of a column, and the weights of another, for B examples.
+
+    Raises:
+        DataError: lists of different lengths, or weights that are null, NaN or infinite.
+    """
     ids, splits, valid = _flat(table, column)
     weights: F32 | None = None
     if weight_column is not None:
@@ -75,6 +88,7 @@ def bag_column(table: pa.Table, column: str, weight_column: str | None) -> Ragge
         if not weight_valid.all():
             raise DataError(f"column '{weight_column}' has null weights, wanted numbers only")
         weights = weights.astype(np.float32)
+        _check_finite(weights, weight_column)
     if not valid.all():
         kept = np.concatenate([[0], np.cumsum(valid)])
         splits = kept[splits]

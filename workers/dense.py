@@ -55,7 +55,10 @@ class DenseStep:
             # Keras models make their variables at the first call.
             self._model(example, tf.zeros((1, inputs.num_dense)), training=False)
         self._trainable = list(self._model.trainable_variables)
-        self._state = list(self._model.non_trainable_variables)
+        # What is not a float, such as the seeds of Keras' Dropout, stays in this worker.
+        self._state = [
+            v for v in self._model.non_trainable_variables if tf.as_dtype(v.dtype).is_floating
+        ]
         self._check_float32()
         # TPUStrategy compiles what it runs with XLA by itself, and XLA on CPU or GPU cannot reach
         # the variables of another replica's device.

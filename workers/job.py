@@ -13,7 +13,7 @@ import numpy as np
 import ray
 
 from ps.cluster import actor_options, free_resources, ray_cluster
-from ps.errors import JobError, MantaError
+from ps.errors import ConfigError, JobError, MantaError
 from ps.export import ExportWriter
 from ps.group import ShardGroup
 from ps.messages import ShardStats
@@ -32,6 +32,7 @@ class JobPlan:
 
     job: JobConfig
     train_rows: int
+    test_rows: int
     steps_per_epoch: int
 
     @property
@@ -108,9 +109,21 @@ def plan_job(job: JobConfig) -> JobPlan:
             f"data set {job.data.train}: {reader.num_rows} rows do not fill one batch of "
             f"{job.train.batch_size}"
         )
+    test_rows = 0
     if job.data.test is not None:
-        ExampleReader(job.data.test, job.data, job.features)
-    return JobPlan(job=job, train_rows=reader.num_rows, steps_per_epoch=steps)
+        test_rows = ExampleReader(job.data.test, job.data, job.features).num_rows
+    _refuse_lost_export(job)
+    return JobPlan(job=job, train_rows=reader.num_rows, test_rows=test_rows, steps_per_epoch=steps)
+
+
+def _refuse_lost_export(job: JobConfig) -> None:
+    """Under `ray job submit --working-dir`, the working folder is a copy that Ray deletes."""
+    export = job.output.export
+    if export is not None and not export.is_absolute() and "_ray_pkg_" in str(Path.cwd()):
+        raise ConfigError(
+            f"output.export: '{export}' would lie in Ray's copy of the working folder, which goes "
+            "with the job; give an absolute path that all nodes see"
+        )
 
 
 def train(
@@ -136,7 +149,7 @@ def train(
         started = clock()
         run.train(plan, listeners, clock)
         train_s = clock() - started
-        metrics = run.evaluate(plan.total_steps)
+        metrics = run.evaluate(plan)
         result = TrainResult(
             steps=plan.total_steps,
             examples=plan.total_steps * job.train.batch_size,
@@ -225,13 +238,14 @@ class Run:
         finishes = [worker.finish.remote() for worker in self.workers]
         self._gather(finishes, step_timeout_s, "sent their last gradients")
 
-    def evaluate(self, version: int) -> dict[str, float]:
-        """Metrics on the test data, {} without any."""
+    def evaluate(self, plan: JobPlan) -> dict[str, float]:
+        """Metrics on the test data after the last step, {} without any."""
         if self.job.data.test is None:
             return {}
+        batches = plan.test_rows // self.job.train.batch_size + 2  # a worker's share, rounded up
         parts = self._gather(
-            [worker.evaluate.remote(version) for worker in self.workers],
-            self.job.cluster.step_timeout_s,
+            [worker.evaluate.remote(plan.total_steps) for worker in self.workers],
+            batches * self.job.cluster.step_timeout_s,
             "evaluated",
         )
         labels, predictions = (np.concatenate(arrays) for arrays in zip(*parts, strict=True))
@@ -243,9 +257,9 @@ class Run:
         root = self.job.output.export
         if root is None:
             return None
-        dense, _, state = self.shards.read_dense()
+        dense, _, state = self.shards.read_dense(step)
         with ExportWriter(root, self.shards.embedding, step=step, job=self.job.name) as writer:
-            self.shards.write_tables(writer)
+            self.shards.write_tables(writer, step)
             named = ray.get(
                 self.workers[0].variables.remote(dense, state),
                 timeout=self.job.cluster.step_timeout_s,

@@ -10,6 +10,7 @@ A build function makes it: `build(inputs: ModelInputs, **params)`; `two_tower` a
 from __future__ import annotations
 
 import importlib
+import inspect
 import itertools
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
@@ -31,7 +32,7 @@ class ModelInputs:
     num_dense: int
     """Number of dense columns; `dense` is float32 [B, num_dense]."""
     seed: int
-    """Initial values must be a function of it, so that every worker builds the same model."""
+    """For initial values; those of worker 0's model count."""
 
 
 Model = Any
@@ -46,9 +47,10 @@ def build_model(config: ModelConfig, inputs: ModelInputs) -> Model:
     """
     function = _find(config.build)
     try:
-        return function(inputs, **config.params)
+        inspect.signature(function).bind(inputs, **config.params)
     except TypeError as e:
         raise ConfigError(f"model.build {config.build}: {e}") from None
+    return function(inputs, **config.params)
 
 
 def _find(name: str) -> Callable[..., Model]:
@@ -120,6 +122,11 @@ class TwoTower(tf.Module):
         super().__init__(name="two_tower")
         rng = np.random.default_rng(inputs.seed)
         self._user, self._item, self._biases = list(user), list(item), list(biases)
+        unused = set(inputs.activations) - {*user, *item, *biases}
+        if unused:
+            raise ConfigError(f"two_tower: feature '{min(unused)}' is in no tower and no bias")
+        if inputs.num_dense:
+            raise ConfigError("two_tower: takes no dense columns; leave out `data.dense`")
         user_dim = _joint_dim(inputs, "user", self._user, joined=bool(hidden))
         item_dim = _joint_dim(inputs, "item", self._item, joined=bool(hidden))
         if not hidden and user_dim != item_dim:

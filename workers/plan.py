@@ -137,9 +137,9 @@ def _checked(feature: FeatureSpec, table: TableSpec, bag: Ragged) -> Ragged:
     length = feature.max_sequence_length
     if length == 0 or bag.num_examples == 0 or np.diff(bag.row_splits).max() <= length:
         return bag
-    place = np.arange(bag.ids.size) - np.repeat(bag.row_splits[:-1], np.diff(bag.row_splits))
     counts = np.minimum(np.diff(bag.row_splits), length)
-    return Ragged(bag.ids[place < length], np.concatenate([[0], np.cumsum(counts)]))
+    splits = np.concatenate([[0], np.cumsum(counts)])
+    return Ragged(bag.ids[bag.positions < length], splits)
 
 
 def _summed(
@@ -163,9 +163,8 @@ def _contributions(
         part = np.empty((f.index.size, table.dim), dtype=np.float32)
         upstream = grads[f.spec.name]
         if f.spec.max_sequence_length > 0:
-            counts = np.diff(f.row_splits)
-            place = np.arange(f.index.size) - np.repeat(f.row_splits[:-1], counts)
-            part[:] = upstream[np.repeat(np.arange(counts.size), counts), place]
+            example = np.repeat(np.arange(plan.num_examples), np.diff(f.row_splits))
+            part[:] = upstream[example, Ragged(f.index, f.row_splits).positions]
         else:
             entry_gradients(upstream, f.row_splits, f.weights, f.combiner, part)
         parts.append(part)

@@ -2,12 +2,12 @@
 
 from __future__ import annotations
 
-import json
 from dataclasses import asdict
 from pathlib import Path
 from types import TracebackType
 from typing import Any, Self, TextIO
 
+import orjson
 from rich.console import Console
 from rich.progress import BarColumn, MofNCompleteColumn, TextColumn, TimeRemainingColumn
 from rich.progress import Progress as Bar
@@ -144,7 +144,8 @@ class MetricsFile:
 
     def _write(self, event: str, **fields: Any) -> None:
         assert self._file is not None, "a job starts before it reports"
-        self._file.write(json.dumps({"event": event, **fields}) + "\n")
+        # A loss that is NaN becomes null, which JSON has.
+        self._file.write(orjson.dumps({"event": event, **fields}).decode() + "\n")
         self._file.flush()
 
 

@@ -46,8 +46,9 @@ class TrainWorker:
         tf.config.threading.set_intra_op_parallelism_threads(threads)
         tf.config.threading.set_inter_op_parallelism_threads(threads)
         tf.config.experimental.enable_op_determinism()
-        # A user's model may draw initial values without a seed of its own.
-        tf.keras.utils.set_random_seed(self._job.seed % 2**32)
+        # For models that draw without a seed of their own. Worker 0's first values count, and
+        # noise such as dropout should differ between workers.
+        tf.keras.utils.set_random_seed((self._job.seed + self._worker) % 2**32)
         inputs = ModelInputs(
             activations={
                 f.name: activation_shape(self._spec, f, 1)[1:] for f in self._spec.features

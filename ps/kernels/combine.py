@@ -81,7 +81,7 @@ def combine_gradients(
 ) -> None:
     """Transposed combine: out[index_i] += (w_i / divisor_b) · grads[b], added in entry order.
 
-    `out_UD` is added to, so that several features of one table sum up. An index below 0 is skipped.
+    `out_UD` is added to, so that several features of one table sum up.
     """
     dim = grads_BD.shape[1]
     for b in range(splits_B1.size - 1):
@@ -91,9 +91,8 @@ def combine_gradients(
             w = weights_N[i] if weights_N.size else np.float32(1.0)
             c = w / total if total != _ZERO else _ZERO
             u = index_N[i]
-            if u >= 0:
-                for d in range(dim):
-                    out_UD[u, d] += c * grads_BD[b, d]
+            for d in range(dim):
+                out_UD[u, d] += c * grads_BD[b, d]
 
 
 @kernel

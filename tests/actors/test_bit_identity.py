@@ -24,13 +24,13 @@ def final_bits(job: JobConfig) -> dict[str, bytes]:
     plan = plan_job(job)
     with running(job) as run:
         run.train(plan, ())
-        bits = {"metrics": repr(run.evaluate(plan.total_steps)).encode()}
+        bits = {"metrics": repr(run.evaluate(plan)).encode()}
         for table in job.tables:
-            state = run.shards.read_table(table)
+            state = run.shards.read_table(table, plan.total_steps)
             bits[table] = state.rows.tobytes()
             bits |= {f"{table}/{name}": slot.tobytes() for name, slot in state.slots.items()}
             assert np.isfinite(state.rows).all()
-        dense, slots, state_values = run.shards.read_dense()
+        dense, slots, state_values = run.shards.read_dense(plan.total_steps)
         bits |= {"dense": dense.tobytes(), "state": state_values.tobytes()}
         bits |= {f"dense/{name}": slot.tobytes() for name, slot in slots.items()}
     return bits
@@ -50,8 +50,8 @@ def test_a_run_changes_every_array(examples: Path, two_shards: dict[str, bytes])
     job = every_optimizer_job(examples)
     with running(job) as run:
         for table in job.tables:
-            assert run.shards.read_table(table).rows.tobytes() != two_shards[table]
-        dense, _, state = run.shards.read_dense()
+            assert run.shards.read_table(table, 0).rows.tobytes() != two_shards[table]
+        dense, _, state = run.shards.read_dense(0)
         assert dense.tobytes() != two_shards["dense"]
         assert state.tobytes() != two_shards["state"]
 

@@ -110,6 +110,11 @@ CASES = {
         [],
         r"column 'label' has 1 nulls, wanted numbers only",
     ),
+    "NaN label": (
+        with_column("label", pa.array([float("nan")] + [1.0] * 199)),
+        [],
+        r"column 'label' holds nan, wanted finite float32 numbers",
+    ),
     "id too large": (
         with_column("user", pa.array(np.where(IDS == 77, 300, IDS))),
         [],

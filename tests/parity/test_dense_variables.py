@@ -6,6 +6,7 @@ import numpy as np
 import pytest
 import tensorflow as tf
 
+from ps.errors import ConfigError
 from workers.config import ModelConfig
 from workers.dense import DenseStep
 from workers.model import MODELS, ModelInputs
@@ -33,3 +34,20 @@ def test_every_variable_has_a_name_of_its_own(
     step = DenseStep(ModelConfig(build="named", params={"names": names}), inputs, "mse")
     named = step.variables(*step.initial())
     assert [float(value) for value in named.values()] == [0.0, 1.0, 2.0]
+
+
+@pytest.mark.parametrize(
+    ("params", "num_dense", "reason"),
+    [
+        ({"user": ["a"], "item": ["b"]}, 0, "feature 'c' is in no tower and no bias"),
+        ({"user": ["a"], "item": ["b"], "biases": ["c"]}, 2, "takes no dense columns"),
+        ({"user": ["a"], "item": ["z"], "biases": ["b", "c"]}, 0, "item feature 'z' is unknown"),
+        ({"user": ["a"], "item": ["c"], "biases": ["b"]}, 0, "user dim 2 and item dim 1 differ"),
+    ],
+)
+def test_two_tower_refuses_inputs_it_would_not_use(
+    params: dict[str, list[str]], num_dense: int, reason: str
+) -> None:
+    inputs = ModelInputs(activations={"a": (2,), "b": (2,), "c": (1,)}, num_dense=num_dense, seed=0)
+    with pytest.raises(ConfigError, match=reason):
+        DenseStep(ModelConfig(build="two_tower", params=params), inputs, "mse")

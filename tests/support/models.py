@@ -31,19 +31,19 @@ def build_mlp(inputs: ModelInputs) -> tf.Module:
 
 
 def build_keras(inputs: ModelInputs, units: int = 4) -> tf.Module:
-    """A user's Keras model: layers, dropout-free, batch normalisation."""
+    """A user's Keras model: unseeded layers, dropout, batch normalisation."""
 
     class Ranker(tf.keras.Model):
         def __init__(self) -> None:
             super().__init__()
-            seed = tf.keras.initializers.GlorotUniform(seed=inputs.seed)
             self.norm = tf.keras.layers.BatchNormalization()
-            self.hidden = tf.keras.layers.Dense(units, activation="relu", kernel_initializer=seed)
-            self.out = tf.keras.layers.Dense(1, kernel_initializer=seed)
+            self.dropout = tf.keras.layers.Dropout(0.2)
+            self.hidden = tf.keras.layers.Dense(units, activation="relu")
+            self.out = tf.keras.layers.Dense(1)
 
         def call(self, activations, dense, training=False):
             flat = [tf.reshape(a, [tf.shape(a)[0], a.shape[-1]]) for a in activations.values()]
             x = self.norm(tf.concat([*flat, dense], axis=1), training=training)
-            return self.out(self.hidden(x))
+            return self.out(self.dropout(self.hidden(x), training=training))
 
     return Ranker()

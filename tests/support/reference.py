@@ -110,9 +110,9 @@ def combine_gradients(
     combiner: str,
     start_UD: F32,
 ) -> F32:
-    """float32 [U, D]: start plus the entries' gradients, in entry order; indices < 0 left out."""
+    """float32 [U, D]: start plus the entries' gradients, in entry order."""
     entries = entry_gradients(grads_BD, splits_B1, weights, combiner)
-    return add_rows(entries[index_N >= 0], index_N[index_N >= 0], start_UD)
+    return add_rows(entries, index_N, start_UD)
 
 
 def sequence_entries(grads_BLD: F32, splits_B1: I64) -> tuple[F32, I64]:

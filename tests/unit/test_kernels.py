@@ -181,13 +181,6 @@ def test_combined_gradients_give_the_reference_numbers(
     assert not got[[0, 1, 2, 4]].any()
 
 
-def test_an_index_below_zero_gets_no_gradient() -> None:
-    grads, weights = np.float32([[1, 2], [3, 4]]), np.float32([1, 2, 3])
-    args = (grads, i64(-1, 0, -1), i64(0, 2, 3), weights, COMBINER_CODES["sum"])
-    got = run(kernels.combine_gradients, *args, out=np.zeros((1, 2), dtype=np.float32))
-    np.testing.assert_array_equal(got, [[2, 4]])
-
-
 @few
 @given(ids=IDS, num_rows=st.integers(1, 2**62))
 def test_range_check_finds_the_first_bad_id_without_wrapping(ids: list[int], num_rows: int) -> None:

@@ -374,3 +374,10 @@ def test_without_accumulation_every_worker_updates_the_dense_values_on_its_own()
     for worker in range(2):
         shard.push(push_of(worker, 0))
     assert np.allclose(shard.dense()[1]["accumulators"], 0.1 + 1.0 + 1.0)
+
+
+def test_the_whole_state_is_read_at_the_wanted_version_only() -> None:
+    shard = shard_of()
+    shard.check_version(0)
+    with pytest.raises(ProtocolError, match="is at version 0, not 1"):
+        shard.check_version(1)
