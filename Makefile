@@ -3,7 +3,7 @@
 PYTHON ?= python3
 VENV   := .venv
 BIN    := $(VENV)/bin
-MADE   := .made
+MADE   := $(VENV)/made
 DEMO   := runs/demo
 SOURCES := manta.py $(shell find ps workers serving -name '*.py')
 TESTS   := $(shell find tests -name '*.py') $(wildcard configs/*.yaml) pyproject.toml
@@ -70,7 +70,7 @@ install: $(MADE)/installed
 
 $(VENV)/bin/python:
 	@$(PYTHON) -c 'import sys; assert sys.version_info >= (3, 11), "Python >= 3.11 is needed"'
-	$(PYTHON) -m venv $(VENV)
+	$(PYTHON) -m venv $(VENV) || { rm -rf $(VENV); exit 1; }  # half a venv would look like one
 
 $(MADE)/installed: pyproject.toml requirements.lock | $(VENV)/bin/python
 	$(BIN)/pip install --quiet --disable-pip-version-check -c requirements.lock -e '.[train]'
@@ -81,4 +81,4 @@ $(MADE)/installed-dev: $(MADE)/installed
 	@mkdir -p $(MADE) && touch $@
 
 clean:
-	rm -rf $(VENV) $(MADE) $(DEMO) build *.egg-info .pytest_cache .mypy_cache .ruff_cache
+	rm -rf $(VENV) $(DEMO) build dist *.egg-info .pytest_cache .mypy_cache .ruff_cache .hypothesis .import_linter_cache

@@ -95,7 +95,9 @@ def train_command(
 def serve_command(
     export: ExportPath,
     host: Annotated[str, typer.Option(help="Address to listen on.")] = "127.0.0.1",
-    port: Annotated[int, typer.Option(help="Port to listen on; 0: a free one.")] = 8000,
+    port: Annotated[
+        int, typer.Option(min=0, max=65535, help="Port to listen on; 0: a free one.")
+    ] = 8000,
     replicas: Annotated[int, typer.Option(min=1, help="Serving processes.")] = 1,
     verify: Annotated[bool, typer.Option("--verify", help="Check all checksums first.")] = False,
     check: Annotated[
@@ -109,15 +111,16 @@ def serve_command(
     from serving.deployment import deploy, undeploy
 
     opened = open_export(export, verify=verify)
-    with _stop_signal() as stop, ray_cluster(address, replicas + 1):
+    with ray_cluster(address, replicas + 1):
+        url = deploy(opened.path, host=host, port=port, num_replicas=replicas)
         try:
-            url = deploy(export, host=host, port=port, num_replicas=replicas)
             typer.echo(f"serving {opened.job} {opened.version} (step {opened.step}) at {url}")
             if check:
                 _example_lookup(url, opened)
             else:
-                typer.echo("Ctrl-C stops it")
-                stop.wait()
+                with _stop_signal() as stop:
+                    typer.echo("Ctrl-C stops it")
+                    stop.wait()
         finally:
             undeploy()
 
@@ -268,11 +271,15 @@ def _report(report: Any) -> None:
 
 
 def main() -> NoReturn:
-    """The `manta` command: a `MantaError` becomes one line on stderr and exit code 1."""
+    """The `manta` command: a `MantaError` (or what the disk refuses) is one line, exit code 1."""
     try:
         app()
     except MantaError as e:
         typer.echo(f"error: {e}", err=True)
+        sys.exit(1)
+    except OSError as e:  # a folder that may not be written, a full disk
+        place = f"'{e.filename}': " if e.filename else ""
+        typer.echo(f"error: {place}{e.strerror or e}", err=True)
         sys.exit(1)
     except KeyboardInterrupt:
         sys.exit(130)

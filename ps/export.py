@@ -12,9 +12,7 @@ ROOT on a file system that all of them see.
 from __future__ import annotations
 
 import errno
-import hashlib
 import json
-import os
 import re
 import shutil
 import uuid
@@ -31,7 +29,16 @@ import pyarrow as pa
 
 from ps.config import COMBINERS, Combiner, EmbeddingSpec, FeatureSpec
 from ps.errors import ExportError
-from ps.export_file import RowFile, allocate, map_rows, write_rows, writing_export
+from ps.export_file import (
+    RowFile,
+    allocate,
+    map_rows,
+    sha256,
+    sync,
+    write_rows,
+    write_text,
+    writing_export,
+)
 from ps.ragged import F32
 
 __all__ = ["Export", "ExportTable", "ExportWriter", "RowFile", "open_export", "write_rows"]
@@ -184,17 +191,17 @@ class ExportWriter:
             while True:
                 version = next_version(self._root)
                 manifest["version"] = version
-                _write_text(self._folder / MANIFEST, json.dumps(manifest, indent=2) + "\n")
-                _sync(self._folder / "tables")
-                _sync(self._folder)
+                write_text(self._folder / MANIFEST, json.dumps(manifest, indent=2) + "\n")
+                sync(self._folder / "tables")
+                sync(self._folder)
                 try:
                     self._folder.rename(self._root / version)
                     break
                 except OSError as e:
                     if e.errno not in (errno.EEXIST, errno.ENOTEMPTY):
                         raise  # else another writer took this number: try the next one
-            _sync(self._root)
-            set_latest(self._root, version)
+            sync(self._root)
+            _publish(self._root, version)
         return self._root / version
 
     def _manifest(self) -> dict[str, Any]:
@@ -217,7 +224,7 @@ class ExportWriter:
 
     def _seal(self, file: str) -> dict[str, Any]:
         path = self._folder / file
-        _sync(path)
+        sync(path)
         return {"file": file, "size_bytes": path.stat().st_size, "sha256": sha256(path)}
 
 
@@ -275,36 +282,29 @@ def next_version(root: Path) -> str:
     return f"v{max(numbers, default=0) + 1:06d}"
 
 
+def _publish(root: Path, version: str) -> None:
+    """Point LATEST at `version`, or at a higher one that another writer publishes meanwhile.
+
+    Without a lock: who moved LATEST looks again, so whoever looks last leaves the highest version.
+    """
+    while True:
+        set_latest(root, version)
+        names = [path.parent.name for path in root.glob(f"v*/{MANIFEST}")]
+        newest = max(int(m[1]) for name in names if (m := VERSION_NAME.fullmatch(name)))
+        if newest <= int(version[1:]):
+            return
+        version = f"v{newest:06d}"
+
+
 def set_latest(root: Path, version: str) -> None:
     """Point LATEST at a version, atomically."""
     temporary = root / f".{LATEST}-{uuid.uuid4().hex}"
     try:
-        _write_text(temporary, version + "\n")
+        write_text(temporary, version + "\n")
         temporary.replace(root / LATEST)
     finally:
         temporary.unlink(missing_ok=True)
-    _sync(root)
-
-
-def sha256(path: Path) -> str:
-    """SHA-256 of a file, in hexadecimal."""
-    with path.open("rb") as file:
-        return hashlib.file_digest(file, "sha256").hexdigest()
-
-
-def _write_text(path: Path, text: str) -> None:
-    with path.open("w", encoding="utf-8") as file:
-        file.write(text)
-        file.flush()
-        os.fsync(file.fileno())
-
-
-def _sync(path: Path) -> None:
-    handle = os.open(path, os.O_RDONLY)
-    try:
-        os.fsync(handle)
-    finally:
-        os.close(handle)
+    sync(root)
 
 
 def _version_folder(path: Path) -> Path:
@@ -327,7 +327,7 @@ def _read_manifest(folder: Path) -> dict[str, Any]:
     path = folder / MANIFEST
     try:
         manifest = json.loads(path.read_bytes())
-    except (OSError, ValueError) as e:
+    except (OSError, ValueError, RecursionError) as e:
         raise ExportError(f"'{path}' cannot be read: {e}") from e
     found = _field(manifest, "format_version", int, f"'{path}'")
     if found > FORMAT_VERSION:
@@ -343,8 +343,10 @@ def _read_manifest(folder: Path) -> dict[str, Any]:
 def _open_table(folder: Path, entry: Any, where: str, verify: bool) -> ExportTable:
     path = _check_file(folder, entry, where, verify)
     num_rows, dim = _field(entry, "vocabulary_size", int, where), _field(entry, "dim", int, where)
-    if num_rows < 1 or dim < 1:
-        raise ExportError(f"{where}: a table must be at least [1, 1], got [{num_rows}, {dim}]")
+    if num_rows < 1 or not 1 <= dim < 2**31:
+        raise ExportError(
+            f"{where}: a table must be from [1, 1] to [*, 2³¹ - 1], got [{num_rows}, {dim}]"
+        )
     combiner = _field(entry, "combiner", str, where)
     if combiner not in COMBINERS:
         raise ExportError(f"{where}: `combiner` must be one of {COMBINERS}, got '{combiner}'")
@@ -375,8 +377,8 @@ def _feature(entry: Any, where: str) -> FeatureSpec:
 def _check_file(folder: Path, entry: Any, where: str, verify: bool) -> Path:
     file, size = _field(entry, "file", str, where), _field(entry, "size_bytes", int, where)
     checksum = _field(entry, "sha256", str, where)
-    if PurePosixPath(file).is_absolute() or ".." in PurePosixPath(file).parts:
-        raise ExportError(f"{where}: file '{file}' is outside the version folder")
+    if PurePosixPath(file).is_absolute() or ".." in PurePosixPath(file).parts or "\0" in file:
+        raise ExportError(f"{where}: file {file!r} is outside the version folder")
     path = folder / file
     try:
         found = path.stat().st_size

@@ -52,7 +52,7 @@ def deploy(
 
     Raises:
         ExportError: the export is missing or damaged; found before Ray is started.
-        ConfigError: the port is taken, or Serve runs already on another one.
+        ConfigError: the port is taken or cannot be had, or Serve runs already on another one.
         ServerUnavailableError: the replicas did not start.
     """
     version = open_export(Path(export_path)).path
@@ -61,10 +61,15 @@ def deploy(
         ray.init(logging_level="WARNING", include_dashboard=False)
     port = port or _free_port(host)
     _start_serve(host, port)
-    _run(serve.deployment(serve.ingress(_builder(str(version), limits))()), name, num_replicas)
-    url = f"http://{_reachable(host)}:{port}"
-    with LookupClient(url) as client:
-        client.wait_ready()
+    reachable = _reachable(host)
+    url = f"http://[{reachable}]:{port}" if ":" in reachable else f"http://{reachable}:{port}"
+    try:
+        _run(serve.deployment(serve.ingress(_builder(str(version), limits))()), name, num_replicas)
+        with LookupClient(url) as client:
+            client.wait_ready()
+    except BaseException:
+        serve.delete(name, _blocking=False)  # also after Ctrl-C while replicas wait for room
+        raise
     return url
 
 
@@ -120,6 +125,7 @@ def _start_serve(host: str, port: int) -> None:
         return
     if _listens(address):
         raise ConfigError(f"{host}:{port} is taken by another program; choose another port")
+    _free_port(host, port)
     serve.start(http_options={"host": host, "port": port}, logging_config=_QUIET)
 
 
@@ -139,13 +145,19 @@ def _listens(address: tuple[str, int]) -> bool:
     return True
 
 
-def _free_port(host: str) -> int:
-    with socket.socket() as probe:
-        probe.bind((host, 0))
-        port: int = probe.getsockname()[1]
-        return port
+def _free_port(host: str, port: int = 0) -> int:
+    """The port, found free, or any free one for 0."""
+    try:
+        family, kind, _, _, address = socket.getaddrinfo(host, port, type=socket.SOCK_STREAM)[0]
+        with socket.socket(family, kind) as probe:
+            probe.setsockopt(socket.SOL_SOCKET, socket.SO_REUSEADDR, 1)
+            probe.bind(address)
+            found: int = probe.getsockname()[1]
+            return found
+    except (OSError, OverflowError) as e:
+        raise ConfigError(f"cannot listen on {host}:{port}: {e}") from None
 
 
 def _reachable(host: str) -> str:
     """The address to ask when the server listens on every one."""
-    return "127.0.0.1" if host in ("0.0.0.0", "::", "") else host
+    return {"0.0.0.0": "127.0.0.1", "": "127.0.0.1", "::": "::1"}.get(host, host)

@@ -205,3 +205,16 @@ def test_serving_an_export_without_its_manifest_is_one_line(manta: Manta, export
     assert re.fullmatch(
         r"error: '.*LATEST' names v000001, which has no manifest\.json\n", run.stderr
     )
+
+
+def test_preparing_into_a_place_that_refuses_is_one_line(manta: Manta) -> None:
+    done = manta("prepare", "synthetic", "movielens", "/dev/null/data", "--rows", "10")
+    assert done.returncode == 1
+    assert done.stderr.startswith("error: ")
+    assert done.stderr.count("\n") == 1
+
+
+def test_a_port_that_does_not_exist_is_refused(manta: Manta, export: Path) -> None:
+    done = manta("serve", export, "--port", "70000")
+    assert done.returncode == 2
+    assert "Traceback" not in done.stderr

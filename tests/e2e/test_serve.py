@@ -16,6 +16,7 @@ import pytest
 import ray
 from ray import serve
 
+import manta
 from ps.config import FeatureConfig, TableConfig
 from ps.errors import ConfigError, ExportError, ServerError
 from ps.ragged import F32, Ragged
@@ -161,6 +162,22 @@ def test_a_second_deploy_cannot_move_the_port(
     write_export(tmp_path, features(), rows)
     with pytest.raises(ConfigError, match="Serve runs already, but not on"):
         deploy(tmp_path, port=free_port())
+
+
+def test_a_refused_serve_command_leaves_the_running_application(
+    url: str, tmp_path: Path, rows: dict[str, F32]
+) -> None:
+    write_export(tmp_path, features(), rows)
+    with pytest.raises(ConfigError, match="Serve runs already, but not on"):
+        manta.serve_command(tmp_path, port=free_port())
+    with LookupClient(url) as client:
+        assert client.ready()
+
+
+@pytest.mark.parametrize("host", ["no such host", "203.0.113.1"])
+def test_an_address_that_cannot_be_had_is_a_config_error(host: str) -> None:
+    with pytest.raises(ConfigError, match="cannot listen on"):
+        deployment._free_port(host)
 
 
 def test_a_missing_export_is_found_before_ray_is_touched(

@@ -456,3 +456,20 @@ def test_openapi_describes_every_route_and_every_reference_resolves(app: FastAPI
 def test_a_senseless_limit_is_refused(options: dict[str, Any]) -> None:
     with pytest.raises(ConfigError, match="must be an int >= 1"):
         Limits(**options)
+
+
+@pytest.mark.parametrize("value", ["[]", "{}", '{"":{}}', "0"])
+def test_a_body_that_would_fill_memory_is_413_before_it_is_parsed(
+    service: LookupService, monkeypatch: pytest.MonkeyPatch, value: str
+) -> None:
+    app = create_app(service, Limits(max_ids=100))
+    body = ('{"inputs":{"user":[' + ",".join([value] * 80_000) + "]}}").encode()
+    monkeypatch.setattr("serving.json_body.orjson.loads", None)  # calling it would be a 500
+    problem(post(app, body), 413, "too-large")
+
+
+def test_the_most_ids_bags_and_weights_allowed_are_answered(service: LookupService) -> None:
+    app = create_app(service, Limits(max_ids=200_000))
+    bags, weights = [[1]] * 66_000, [[0.5]] * 66_000
+    answer = post(app, {"inputs": {"words": bags}, "weights": {"words": weights}})
+    assert (answer.status_code, len(answer.json()["outputs"]["words"])) == (200, 66_000)

@@ -16,6 +16,7 @@ import numpy as np
 import pyarrow as pa
 import pytest
 
+import ps.export
 from ps.config import FeatureConfig, TableConfig, resolve
 from ps.errors import ExportError
 from ps.export import Export, ExportWriter, RowFile, open_export, write_rows
@@ -417,3 +418,26 @@ def test_any_flipped_byte_gives_rows_or_an_error_but_never_a_crash(tmp_path: Pat
             continue
         assert rows_VD.shape == (5, 2)
         rows_VD.sum()
+
+
+def test_latest_names_the_highest_version_when_writers_overtake_each_other(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    features, rows = {"f": FeatureConfig(TableConfig(3, 2, name="t"))}, np.ones((3, 2), np.float32)
+    set_latest = ps.export.set_latest
+
+    def overtaken(root: Path, version: str) -> None:
+        if version == "v000001":  # another writer publishes v000002 just before
+            monkeypatch.setattr(ps.export, "set_latest", set_latest)
+            write_export(tmp_path, features, {"t": rows}, step=2)
+        set_latest(root, version)
+
+    monkeypatch.setattr(ps.export, "set_latest", overtaken)
+    write_export(tmp_path, features, {"t": rows}, step=1)
+    assert open_export(tmp_path).version == "v000002"
+
+
+def test_a_manifest_nested_without_end_is_an_export_error(tmp_path: Path) -> None:
+    (tmp_path / "manifest.json").write_text("[" * 100_000)
+    with pytest.raises(ExportError, match="cannot be read"):
+        open_export(tmp_path)

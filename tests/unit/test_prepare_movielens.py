@@ -302,8 +302,8 @@ def test_history_never_holds_the_own_item_even_if_rated_twice(
         ("1\t2\t\t4", "rating is '', not a number"),
         ("0\t2\t3\t4", r"user id is 0, not in \[1, "),
         ("1\t99999999999\t3\t4", "item id is 99999999999, not in"),
-        ("1\t2\tnan\t4", r"rating is nan, not in \(0, 5\]"),
-        ("1\t2\t6\t4", r"rating is 6.0, not in \(0, 5\]"),
+        ("1\t2\tnan\t4", r"rating is nan, not in \[0.5, 5\]"),
+        ("1\t2\t6\t4", r"rating is 6.0, not in \[0.5, 5\]"),
     ],
 )
 def test_a_malformed_line_is_named(tmp_path: Path, bad_line: str, reason: str) -> None:
@@ -410,3 +410,22 @@ def test_the_real_ml_100k_has_its_published_counts(real_data: Path, tmp_path: Pa
         assert len(row["history"]) <= 50
     report = prepare_movielens(real_data / "ml-100k", tmp_path / "out", split="random")
     assert report.rows == {"train": 90_000, "test": 10_000}
+
+
+def test_half_stars_in_the_form_of_ml_1m_have_ten_levels(tmp_path: Path) -> None:
+    source = tmp_path / "raw"
+    source.mkdir()
+    lines = ["1::1::5::1", "1::2::0.5::2", "2::1::3.5::3", "2::2::0.5::4"]
+    (source / "ratings.dat").write_text("\n".join(lines) + "\n")
+    out = tmp_path / "out"
+    report = prepare_movielens(source, out, test_fraction=0, max_ratings=4, shuffle=False)
+    assert report.vocabulary_sizes["rated"] == 20
+    assert [row["rated"] for row in read(out, "train")] == [[10], [9], [10], [6]]
+
+
+def test_a_rating_below_half_a_star_is_refused(tmp_path: Path) -> None:
+    source = tmp_path / "raw"
+    source.mkdir()
+    (source / "ratings.dat").write_text("1::1::0.2::1\n")
+    with pytest.raises(DataError, match=r"rating is 0.2, not in \[0.5, 5\]"):
+        prepare_movielens(source, tmp_path / "out", test_fraction=0)

@@ -9,7 +9,6 @@ name the line.
 """
 
 import csv
-import math
 from collections.abc import Iterator
 from dataclasses import dataclass
 from pathlib import Path
@@ -23,7 +22,7 @@ from ps.errors import DataError
 from workers.prepare.history import Ratings
 
 NAMED_SPLITS = ("u1", "u2", "u3", "u4", "u5", "ua", "ub")
-MAX_RATING = 5.0
+MIN_RATING, MAX_RATING = 0.5, 5.0
 _FIELDS = ("user", "item", "rating", "timestamp")
 _CSV_NAMES = ("userId", "movieId", "rating", "timestamp")
 
@@ -130,7 +129,7 @@ def _parse(path: Path, layout: RatingFormat) -> Any:
 
 def _all_in_range(ratings: Ratings, max_id: int) -> bool:
     ids_fit = all(ids.min() >= 1 and ids.max() <= max_id for ids in (ratings.user, ratings.item))
-    in_scale = (ratings.rating > 0) & (ratings.rating <= MAX_RATING)  # False for NaN
+    in_scale = (ratings.rating >= MIN_RATING) & (ratings.rating <= MAX_RATING)  # False for NaN
     return bool(ids_fit and in_scale.all())
 
 
@@ -176,8 +175,8 @@ def _wrong_value(fields: list[str], max_id: int) -> str | None:
             return f"{name} is {text!r}, not a number,"
         if name in ("user", "item") and not 1 <= value <= max_id:
             return f"{name} id is {value}, not in [1, {max_id}],"
-        if name == "rating" and not (math.isfinite(value) and 0 < value <= MAX_RATING):
-            return f"rating is {value}, not in (0, {MAX_RATING:g}],"
+        if name == "rating" and not MIN_RATING <= value <= MAX_RATING:
+            return f"rating is {value}, not in [{MIN_RATING:g}, {MAX_RATING:g}],"
     return None
 
 
