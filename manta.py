@@ -50,6 +50,24 @@ app = typer.Typer(
     pretty_exceptions_enable=False,
     help="A Ray-native parameter server for embedding models.",
 )
+
+
+def _show_version(wanted: bool) -> None:
+    if wanted:
+        typer.echo(f"manta {__version__}")
+        raise typer.Exit
+
+
+@app.callback()
+def _options(
+    version: Annotated[
+        bool,
+        typer.Option("--version", callback=_show_version, is_eager=True, help="Show the version."),
+    ] = False,
+) -> None:
+    pass
+
+
 prepare = typer.Typer(no_args_is_help=True, help="Turn raw data into Parquet for training.")
 app.add_typer(prepare, name="prepare")
 
@@ -76,8 +94,9 @@ def train_command(
     """Train the job of a YAML file; write an export and metrics."""
     from rich.console import Console
 
+    from ps.cluster import ray_cluster
     from workers.config import load_job
-    from workers.job import train
+    from workers.job import plan_job, train
     from workers.progress import LiveDisplay, MetricsFile, PlainLines
 
     job = load_job(config, overrides or ())
@@ -88,7 +107,11 @@ def train_command(
         listeners: list[Any] = [display]
         if job.output.metrics is not None:
             listeners.append(stack.enter_context(MetricsFile(job.output.metrics)))
-        train(job, listeners, address=address)
+        plan_job(job)  # bad input is found before Ray is started
+        stack.enter_context(ray_cluster(address, job.num_cpus))
+        # As Ctrl-C does: stop the actors and leave. After Ray, which sets a handler of its own.
+        signal.signal(signal.SIGTERM, signal.default_int_handler)
+        train(job, listeners)
 
 
 @app.command("serve")
@@ -168,10 +191,16 @@ def lookup_command(
     """Ask a running server for combined embeddings; prints JSON."""
     import orjson
 
+    from ps.errors import InputError
     from serving.client import LookupClient
 
+    parsed = [_parse_input(text) for text in inputs]
+    features = [feature for feature, _ in parsed]
+    for feature in features:
+        if features.count(feature) > 1:
+            raise InputError(f"lookup: feature '{feature}' stands twice", feature)
     with LookupClient(url) as client:
-        outputs = client.lookup(dict(_parse_input(text) for text in inputs))
+        outputs = client.lookup(dict(parsed))
     typer.echo(orjson.dumps(outputs, option=orjson.OPT_SERIALIZE_NUMPY).decode())
 
 
@@ -273,7 +302,7 @@ def _report(report: Any) -> None:
 def main() -> NoReturn:
     """The `manta` command: a `MantaError` (or what the disk refuses) is one line, exit code 1."""
     try:
-        app()
+        app(prog_name="manta")
     except MantaError as e:
         typer.echo(f"error: {e}", err=True)
         sys.exit(1)

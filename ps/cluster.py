@@ -4,6 +4,8 @@ from __future__ import annotations
 
 import logging
 import os
+import signal
+import threading
 from collections.abc import Iterator, Mapping
 from contextlib import contextmanager
 from typing import Any
@@ -18,8 +20,9 @@ def ray_cluster(address: str | None, min_cpus: float) -> Iterator[None]:
     """Connect to Ray for the body of a `with`.
 
     Under `ray job submit`, or with an address, the cluster is joined as it is. Otherwise one is
-    started on this machine, bound to loopback, with at least `min_cpus` logical CPUs (so that a
-    small machine can run every actor, slower), and stopped at the end.
+    started on this machine, with at least `min_cpus` logical CPUs (so that a small machine can run
+    every actor, slower), and stopped at the end. Ray's own services listen on all interfaces, with
+    Ray's token authentication; what Manta opens listens on loopback.
 
     Raises:
         JobError: no cluster at that address.
@@ -32,13 +35,31 @@ def ray_cluster(address: str | None, min_cpus: float) -> Iterator[None]:
         if address:
             _join(address)
         else:
-            _start_local(min_cpus)
+            with _uninterrupted():
+                _start_local(min_cpus)
     except ConnectionError as e:
         raise JobError(f"no Ray cluster at '{address}': {str(e).splitlines()[0]}") from None
     try:
         yield
     finally:
         ray.shutdown()
+
+
+@contextmanager
+def _uninterrupted() -> Iterator[None]:
+    """Let Ctrl-C wait until the body is done: half a Ray would leave processes behind."""
+    if threading.current_thread() is not threading.main_thread():
+        yield  # signals are the main thread's
+        return
+    received: list[int] = []
+    previous = signal.signal(signal.SIGINT, lambda number, _: received.append(number))
+    try:
+        yield
+    finally:
+        signal.signal(signal.SIGINT, previous)
+    if received:
+        ray.shutdown()
+        raise KeyboardInterrupt
 
 
 def _join(address: str) -> None:

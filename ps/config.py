@@ -11,6 +11,7 @@ import math
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any, Literal, cast
+from urllib.parse import quote
 
 from ps.errors import ConfigError
 from ps.initializers import Initializer, TruncatedNormal
@@ -31,6 +32,8 @@ __all__ = [
 ]
 
 Combiner = Literal["mean", "sum", "sqrtn"]
+MAX_QUOTED_NAME = 240
+"""Bytes of a table's name, percent-quoted, that fit a file name with its ending."""
 COMBINERS: tuple[Combiner, ...] = ("mean", "sum", "sqrtn")
 
 
@@ -173,6 +176,9 @@ def resolve(feature_config: FeatureConfigs, optimizer: Optimizer | None = None) 
             )
         )
     names = [spec.name for spec in tables.values()]
+    for name in names:
+        if len(quote(name, safe="")) > MAX_QUOTED_NAME:
+            raise ConfigError(f"table name '{name[:80]}…' is too long for a file name")
     if len(set(names)) != len(names):
         raise ConfigError(f"Tables must have a unique name, got {names}")
     paths = [feature.name for feature in features]

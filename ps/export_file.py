@@ -12,6 +12,7 @@ import errno
 import hashlib
 import io
 import os
+import tempfile
 from collections.abc import Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass
@@ -174,6 +175,20 @@ def sync(path: Path) -> None:
         os.fsync(handle)
     finally:
         os.close(handle)
+
+
+def check_writable(root: Path) -> None:
+    """See that files can be made in `root`, or in the nearest folder above it that exists.
+
+    Raises:
+        ExportError: they cannot.
+    """
+    with writing_export(root):
+        folder = root.absolute()
+        while not folder.exists():
+            folder = folder.parent
+        with tempfile.TemporaryFile(dir=folder):
+            pass
 
 
 @contextmanager

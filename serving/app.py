@@ -8,11 +8,12 @@ from __future__ import annotations
 
 import logging
 from collections.abc import Callable
-from typing import Any
+from typing import Any, TypeVar
 
+import anyio
+import anyio.to_thread
 import orjson
 from fastapi import FastAPI, Request, Response
-from starlette.concurrency import run_in_threadpool
 from starlette.exceptions import HTTPException
 from starlette.requests import ClientDisconnect
 
@@ -28,6 +29,9 @@ LARGE_BODY_BYTES = 64 * 1024
 """From here on parsing leaves the event loop to others and runs in a thread."""
 LARGE_ANSWER_VALUES = 64 * 1024
 """Likewise lookup and rendering."""
+LARGE_AT_A_TIME = 2
+"""Large requests in work at one time; others wait."""
+T = TypeVar("T")
 _log = logging.getLogger(__name__)
 _Inputs = dict[str, I64 | Ragged]
 
@@ -52,7 +56,7 @@ def create_app(service: LookupService, limits: Limits | None = None) -> FastAPI:
         An ASGI application: `POST /v1/lookup`, `GET /v1/tables`, `/v1/model`, `/healthz`,
         `/readyz`, and its description at `/openapi.json`. Every error is a problem body.
     """
-    app = _App(title="Manta", version="1", redirect_slashes=False, redoc_url=None)
+    app = _App(title="Manta", version="1", redirect_slashes=False, docs_url=None, redoc_url=None)
     routes = _Routes(service, limits or Limits())
     app.add_api_route(
         "/v1/lookup",
@@ -70,7 +74,11 @@ def create_app(service: LookupService, limits: Limits | None = None) -> FastAPI:
     ]
     for path, handler, model in gets:
         app.add_api_route(
-            path, handler, methods=["GET"], response_model=None, responses=schema.answers(model)
+            path,
+            handler,
+            methods=["GET"],
+            response_model=None,
+            responses=schema.answers(model),
         )
     app.add_exception_handler(HTTPException, _http_error)
     app.add_exception_handler(Exception, _internal_error)
@@ -83,6 +91,7 @@ class _Routes:
     def __init__(self, service: LookupService, limits: Limits) -> None:
         self._service = service
         self._limits = limits
+        self._large = anyio.CapacityLimiter(LARGE_AT_A_TIME)
 
     async def lookup(self, request: Request) -> Response:
         """Look up the activations of any subset of the features."""
@@ -91,11 +100,11 @@ class _Routes:
             _check_headers(request)
             body = await self._body(request)
             large = len(body) >= LARGE_BODY_BYTES
-            inputs = await run_in_threadpool(self._parse, body) if large else self._parse(body)
+            inputs = await self._in_thread(self._parse, body) if large else self._parse(body)
             num_values = service.num_values(inputs)
             self._check_size(num_values)
             if large or num_values >= LARGE_ANSWER_VALUES:
-                return await run_in_threadpool(_answer, service, inputs)
+                return await self._in_thread(_answer, service, inputs)
             return _answer(service, inputs)
         except InputError as e:
             return problem_response(from_input_error(e))
@@ -163,6 +172,10 @@ class _Routes:
             self._check_length(len(body) + len(chunk))
             body += chunk
         return bytes(body)
+
+    async def _in_thread(self, function: Callable[..., T], *args: object) -> T:
+        """Large requests run beside the event loop, a few at a time: each may fill memory."""
+        return await anyio.to_thread.run_sync(function, *args, limiter=self._large)
 
     def _parse(self, body: bytes) -> _Inputs:
         return parse_request(body, self._limits.max_ids)

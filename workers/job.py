@@ -15,6 +15,7 @@ import ray
 from ps.cluster import actor_options, free_resources, ray_cluster
 from ps.errors import ConfigError, JobError, MantaError
 from ps.export import ExportWriter
+from ps.export_file import check_writable
 from ps.group import ShardGroup
 from ps.messages import ShardStats
 from ps.partition import Layout
@@ -112,18 +113,24 @@ def plan_job(job: JobConfig) -> JobPlan:
     test_rows = 0
     if job.data.test is not None:
         test_rows = ExampleReader(job.data.test, job.data, job.features).num_rows
-    _refuse_lost_export(job)
+    _check_export(job)
     return JobPlan(job=job, train_rows=reader.num_rows, test_rows=test_rows, steps_per_epoch=steps)
 
 
-def _refuse_lost_export(job: JobConfig) -> None:
-    """Under `ray job submit --working-dir`, the working folder is a copy that Ray deletes."""
+def _check_export(job: JobConfig) -> None:
+    """Find out now, not after the training, that an export cannot be kept.
+
+    Under `ray job submit --working-dir`, the working folder is a copy that Ray deletes.
+    """
     export = job.output.export
-    if export is not None and not export.is_absolute() and "_ray_pkg_" in str(Path.cwd()):
+    if export is None:
+        return
+    if not export.is_absolute() and "_ray_pkg_" in str(Path.cwd()):
         raise ConfigError(
             f"output.export: '{export}' would lie in Ray's copy of the working folder, which goes "
             "with the job; give an absolute path that all nodes see"
         )
+    check_writable(export)
 
 
 def train(

@@ -7,7 +7,7 @@ from pathlib import Path
 
 import pytest
 
-from ps.errors import ConfigError, JobError
+from ps.errors import ConfigError, ExportError, JobError
 from tests.support.jobs import every_optimizer_job, write_examples
 from workers.job import plan_job
 
@@ -34,3 +34,14 @@ def test_an_export_that_would_go_with_a_submitted_job_is_refused(
     monkeypatch.chdir(folder)
     with pytest.raises(ConfigError, match=r"output\.export: 'runs/export' would lie in Ray's copy"):
         plan_job(relative)
+
+
+def test_an_export_root_that_cannot_be_written_is_found_before_training(tmp_path: Path) -> None:
+    job = every_optimizer_job(write_examples(tmp_path))
+    (tmp_path / "file").write_text("")
+    nowhere = replace(job, output=replace(job.output, export=tmp_path / "file" / "export"))
+    with pytest.raises(ExportError, match="export"):
+        plan_job(nowhere)
+    fine = replace(job, output=replace(job.output, export=tmp_path / "new" / "export"))
+    plan_job(fine)
+    assert not (tmp_path / "new").exists(), "looking leaves nothing behind"
