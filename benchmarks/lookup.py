@@ -17,9 +17,10 @@ os.environ.setdefault("TF_CPP_MIN_LOG_LEVEL", "2")
 import numpy as np
 import tensorflow as tf
 
-from ps.config import FeatureConfig, TableConfig, resolve
+from ps.config import FeatureConfig, TableConfig
 from ps.export import ExportWriter, open_export, write_rows
 from ps.ragged import Ragged
+from ps.spec import resolve
 from serving.lookup import LookupService
 
 FEATURES, DIM, ROWS, BAG = 26, 16, 100_000, 4

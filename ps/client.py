@@ -12,12 +12,12 @@ from typing import Protocol
 
 import numpy as np
 
-from ps.config import EmbeddingSpec
 from ps.errors import ProtocolError
 from ps.messages import Pull, Push, Rows
 from ps.partition import DistinctRows, Layout, slices
 from ps.ragged import F32
 from ps.shard import ShardState
+from ps.spec import EmbeddingSpec
 
 DEFAULT_TIMEOUT_S = 120.0
 

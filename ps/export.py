@@ -27,7 +27,7 @@ from urllib.parse import quote
 import numpy as np
 import pyarrow as pa
 
-from ps.config import COMBINERS, Combiner, EmbeddingSpec, FeatureSpec
+from ps.config import COMBINERS, Combiner
 from ps.errors import ExportError
 from ps.export_file import (
     RowFile,
@@ -40,6 +40,7 @@ from ps.export_file import (
     writing_export,
 )
 from ps.ragged import F32
+from ps.spec import EmbeddingSpec, FeatureSpec
 
 __all__ = ["Export", "ExportTable", "ExportWriter", "RowFile", "open_export", "write_rows"]
 

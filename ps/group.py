@@ -14,13 +14,13 @@ import ray
 from ps.actor import ShardServer
 from ps.client import DEFAULT_TIMEOUT_S, PendingRows
 from ps.cluster import actor_options, free_resources
-from ps.config import EmbeddingSpec
 from ps.errors import JobError
 from ps.export import ExportWriter
 from ps.messages import Pull, Push, Rows, ShardStats
 from ps.partition import Layout, slices
 from ps.ragged import F32
 from ps.shard import ShardSpec
+from ps.spec import EmbeddingSpec
 
 
 @dataclass(frozen=True, slots=True, eq=False)

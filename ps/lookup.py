@@ -13,11 +13,12 @@ from __future__ import annotations
 
 import numpy as np
 
-from ps.config import Combiner, FeatureSpec
+from ps.config import Combiner
 from ps.errors import IdRangeError, InputError
 from ps.kernels.combine import COMBINER_CODES, combine_rows, gather_rows, scatter_sequences
 from ps.kernels.dedup import first_out_of_range
 from ps.ragged import F32, I64, Ragged
+from ps.spec import FeatureSpec
 
 NO_WEIGHTS: F32 = np.zeros(0, dtype=np.float32)
 

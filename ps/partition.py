@@ -13,9 +13,9 @@ from itertools import pairwise
 
 import numpy as np
 
-from ps.config import EmbeddingSpec, TableSpec
 from ps.kernels.dedup import distinct_ids, shard_major
 from ps.ragged import I64
+from ps.spec import EmbeddingSpec, TableSpec
 
 SLAB_BYTES = 128 * 1024
 MIN_SLABS = 64

@@ -15,7 +15,6 @@ from typing import Literal
 
 import numpy as np
 
-from ps.config import EmbeddingSpec, TableSpec
 from ps.errors import ProtocolError, ShardNotReadyError
 from ps.initializers import table_key
 from ps.kernels.combine import add_rows
@@ -25,6 +24,7 @@ from ps.optimizers import Optimizer, Rate, evaluate_rate
 from ps.partition import Layout, Slab
 from ps.ragged import F32, I64
 from ps.rowstore import RowStore
+from ps.spec import EmbeddingSpec, TableSpec
 
 Reduction = Literal["mean", "sum"]
 Reply = Callable[[Rows], None]

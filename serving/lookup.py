@@ -12,11 +12,11 @@ from collections.abc import Mapping
 
 import numpy as np
 
-from ps.config import FeatureSpec
 from ps.errors import InputError
 from ps.export import Export
 from ps.lookup import is_sequence, lookup_dense, lookup_ragged, lookup_shape
 from ps.ragged import F32, I64, Ragged
+from ps.spec import FeatureSpec
 
 _LONGEST_NAME = 200
 

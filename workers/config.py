@@ -7,11 +7,12 @@ from dataclasses import dataclass, field, replace
 from pathlib import Path
 from typing import Any, Literal
 
-from ps.config import Combiner, EmbeddingSpec, FeatureConfig, TableConfig, resolve
+from ps.config import Combiner, FeatureConfig, TableConfig
 from ps.errors import ConfigError
 from ps.initializers import Initializer
 from ps.loading import build, load_yaml
 from ps.optimizers import SGD, Optimizer
+from ps.spec import EmbeddingSpec, resolve
 
 Loss = Literal["mse", "bce"]
 

@@ -13,7 +13,6 @@ from dataclasses import dataclass
 
 import numpy as np
 
-from ps.config import EmbeddingSpec, FeatureSpec, TableSpec
 from ps.errors import ConfigError, IdRangeError
 from ps.kernels.combine import (
     COMBINER_CODES,
@@ -26,6 +25,7 @@ from ps.kernels.combine import (
 from ps.kernels.dedup import first_out_of_range
 from ps.partition import DistinctRows, Layout, distinct_rows
 from ps.ragged import F32, I64, Ragged
+from ps.spec import EmbeddingSpec, FeatureSpec, TableSpec
 
 _NO_WEIGHTS = np.zeros(0, dtype=np.float32)
 

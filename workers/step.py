@@ -16,8 +16,8 @@ from typing import TYPE_CHECKING
 import numpy as np
 
 from ps.client import PendingPull, ShardClient
-from ps.config import EmbeddingSpec
 from ps.ragged import F32
+from ps.spec import EmbeddingSpec
 from workers.batches import Batch, ExampleReader
 from workers.plan import BatchPlan, activations, plan_batch, row_gradients
 

@@ -13,8 +13,9 @@ import pyarrow as pa
 import pyarrow.parquet as pq
 import pytest
 
-from ps.config import FeatureConfig, TableConfig, resolve
+from ps.config import FeatureConfig, TableConfig
 from ps.export import ExportWriter, write_rows
+from ps.spec import resolve
 from tests.e2e.conftest import Manta
 from tests.support.jobs import write_examples
 

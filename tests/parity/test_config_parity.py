@@ -10,7 +10,6 @@ import tensorflow as tf
 from tensorflow.python.ops import init_ops_v2
 
 import ps.config as ours
-from ps.config import EmbeddingSpec, resolve
 from ps.errors import ConfigError
 from ps.initializers import (
     Constant,
@@ -21,6 +20,7 @@ from ps.initializers import (
     TruncatedNormal,
 )
 from ps.optimizers import OPTIMIZERS, SGD
+from ps.spec import EmbeddingSpec, resolve
 
 pytestmark = pytest.mark.parity
 

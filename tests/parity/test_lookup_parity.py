@@ -19,11 +19,12 @@ from fastapi import FastAPI
 from hypothesis import example, given, settings
 from hypothesis import strategies as st
 
-from ps.config import COMBINERS, Combiner, FeatureConfig, FeatureSpec, TableConfig
+from ps.config import COMBINERS, Combiner, FeatureConfig, TableConfig
 from ps.errors import InputError
 from ps.export import open_export
 from ps.lookup import lookup_dense, lookup_ragged
 from ps.ragged import F32, Ragged
+from ps.spec import FeatureSpec
 from serving.app import create_app
 from serving.lookup import LookupService
 from tests.support.exports import write_export

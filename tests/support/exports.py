@@ -7,9 +7,10 @@ from pathlib import Path
 
 import numpy as np
 
-from ps.config import EmbeddingSpec, FeatureConfig, TableConfig, resolve
+from ps.config import FeatureConfig, TableConfig
 from ps.export import Export, ExportWriter, open_export, write_rows
 from ps.ragged import F32
+from ps.spec import EmbeddingSpec, resolve
 
 ROWS_VD = np.arange(1, 11, dtype=np.float32).reshape(5, 2)
 """The table of the reference's examples: row i is [2i + 1, 2i + 2]."""

@@ -7,12 +7,13 @@ from collections.abc import Sequence
 
 import numpy as np
 
-from ps.config import EmbeddingSpec, FeatureConfig, TableConfig, resolve
+from ps.config import FeatureConfig, TableConfig
 from ps.initializers import RandomUniform
 from ps.messages import Pull, Push
 from ps.optimizers import SGD, Optimizer
 from ps.ragged import F32, I64
 from ps.shard import Reduction, ShardSpec, ShardState
+from ps.spec import EmbeddingSpec, resolve
 from tests.support.reference import same_bits
 
 P = 5  # trainable dense values

@@ -11,9 +11,9 @@ from typing import Any
 import numpy as np
 import tensorflow as tf
 
-from ps.config import TableSpec
 from ps.initializers import table_key
 from ps.optimizers import FTRL, SGD, Adagrad, AdagradMomentum, Adam, Optimizer
+from ps.spec import TableSpec
 from workers.batches import Batch
 from workers.config import JobConfig
 

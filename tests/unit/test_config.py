@@ -10,7 +10,7 @@ from typing import Any
 import numpy as np
 import pytest
 
-from ps.config import FeatureConfig, TableConfig, resolve
+from ps.config import FeatureConfig, TableConfig
 from ps.errors import ConfigError
 from ps.initializers import Constant, TruncatedNormal
 from ps.optimizers import (
@@ -25,6 +25,7 @@ from ps.optimizers import (
     Optimizer,
     evaluate_rate,
 )
+from ps.spec import resolve
 
 ALL_OPTIMIZERS = list(OPTIMIZERS.values())
 WITH_SLOTS = [Adagrad, AdagradMomentum, Adam, FTRL]

@@ -17,10 +17,11 @@ import pyarrow as pa
 import pytest
 
 import ps.export
-from ps.config import FeatureConfig, TableConfig, resolve
+from ps.config import FeatureConfig, TableConfig
 from ps.errors import ExportError
 from ps.export import Export, ExportWriter, RowFile, open_export, write_rows
 from ps.export_file import map_rows
+from ps.spec import resolve
 from tests.support.exports import ROWS_VD, small_export, small_features, small_spec, write_export
 
 TABLES = ("sum", "mean", "sqrtn")

@@ -10,7 +10,7 @@ import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from ps.config import FeatureConfig, TableConfig, resolve
+from ps.config import FeatureConfig, TableConfig
 from ps.errors import ConfigError
 from ps.initializers import (
     INITIALIZERS,
@@ -24,6 +24,7 @@ from ps.initializers import (
 )
 from ps.kernels.random import normal_rows, truncated_normal_rows, uniform_rows
 from ps.ragged import I64
+from ps.spec import resolve
 from tests.support import reference as twin
 from tests.support.reference import key_that_draws, same_bits
 from tests.support.strategies import frozen

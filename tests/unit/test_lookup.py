@@ -8,10 +8,11 @@ from typing import Any
 import numpy as np
 import pytest
 
-from ps.config import Combiner, FeatureSpec
+from ps.config import Combiner
 from ps.errors import IdRangeError, InputError
 from ps.lookup import lookup_dense, lookup_ragged
 from ps.ragged import F32, I64, Ragged
+from ps.spec import FeatureSpec
 from serving.lookup import LookupService, UnknownFeatureError
 from tests.support.exports import ROWS_VD, small_export
 

@@ -9,8 +9,9 @@ import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
-from ps.config import EmbeddingSpec, FeatureConfig, TableConfig, TableSpec, resolve
+from ps.config import FeatureConfig, TableConfig
 from ps.partition import Layout, Placement, distinct_rows, div_splits, slab_rows, slices
+from ps.spec import EmbeddingSpec, TableSpec, resolve
 from tests.support import reference as twin
 
 SIZES = st.integers(1, 3000) | st.sampled_from([1, 63, 64, 65, 127, 128, 4095, 4096, 4097])

@@ -9,11 +9,12 @@ import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from ps.config import EmbeddingSpec, FeatureConfig, TableConfig, resolve
+from ps.config import FeatureConfig, TableConfig
 from ps.errors import IdRangeError
 from ps.optimizers import SGD
 from ps.partition import Layout
 from ps.ragged import F32, Ragged
+from ps.spec import EmbeddingSpec, resolve
 from tests.support import reference as twin
 from tests.support.reference import same_bits
 from tests.support.strategies import bags
