@@ -7,6 +7,7 @@ import os
 os.environ.setdefault("TF_CPP_MIN_LOG_LEVEL", "2")
 os.environ.setdefault("RAY_DISABLE_IMPORT_WARNING", "1")
 
+from collections.abc import Iterator
 from pathlib import Path
 
 import pytest
@@ -16,6 +17,15 @@ settings.register_profile(
     "default", deadline=None, derandomize=True, suppress_health_check=[HealthCheck.too_slow]
 )
 settings.load_profile("default")
+
+
+@pytest.fixture(scope="session")
+def ray_session() -> Iterator[None]:
+    """One local Ray for all tests with actors; more logical CPUs than cores, for they wait."""
+    from ps.cluster import ray_cluster
+
+    with ray_cluster(None, min_cpus=16):
+        yield
 
 
 @pytest.fixture(scope="session")
