@@ -13,7 +13,6 @@ from typing import Any
 import httpx
 import numpy as np
 import pytest
-import ray
 from ray import serve
 
 import manta
@@ -54,16 +53,14 @@ def free_port() -> int:
 
 
 @pytest.fixture(scope="module")
-def url(tmp_path_factory: pytest.TempPathFactory, rows: dict[str, F32]) -> Iterator[str]:
+def url(
+    ray_session: None, tmp_path_factory: pytest.TempPathFactory, rows: dict[str, F32]
+) -> Iterator[str]:
     root = tmp_path_factory.mktemp("export")
     write_export(root, features(), rows)
-    ray.init(address="local", include_dashboard=False, num_cpus=2)
-    try:
-        limits = Limits(max_body_bytes=2**20)
-        yield deploy(root, port=free_port(), num_replicas=2, limits=limits)
-        shutdown()
-    finally:
-        ray.shutdown()
+    limits = Limits(max_body_bytes=2**20)
+    yield deploy(root, port=free_port(), num_replicas=2, limits=limits)
+    shutdown()
 
 
 def batch(num_examples: int, seed: int) -> dict[str, Ragged]:
