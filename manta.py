@@ -223,7 +223,9 @@ def prepare_movielens_command(
     source: Annotated[Path, typer.Argument(help="Folder of ml-100k, ml-1m, ml-latest, …")],
     out: OutFolder,
     split: Annotated[str, typer.Option(help="random, time, or u1 … u5, ua, ub.")] = "random",
-    test_fraction: Annotated[float, typer.Option(help="Part of random and time splits.")] = 0.1,
+    test_fraction: Annotated[
+        float | None, typer.Option(help="Part of random and time splits [0.1].")
+    ] = None,
     max_history: Annotated[int, typer.Option(help="Items in a user's history; 0: none.")] = 50,
     max_ratings: Annotated[int, typer.Option(help="Ratings in a user's or item's bag.")] = 64,
     seed: Seed = 0,

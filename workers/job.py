@@ -18,7 +18,6 @@ from ps.export import ExportWriter
 from ps.export_file import check_writable
 from ps.group import ShardGroup
 from ps.messages import ShardStats
-from ps.partition import Layout
 from ps.shard import ShardSpec
 from workers.batches import ExampleReader
 from workers.config import JobConfig
@@ -187,7 +186,6 @@ class Run:
 
     def __init__(self, job: JobConfig) -> None:
         self.job = job = job.with_absolute_paths()
-        self._layout: Layout | None = None
         self.workers: list[Any] = []
         self.shards = ShardGroup(
             ShardSpec(
@@ -216,8 +214,8 @@ class Run:
         self.shards.wait_ready(timeout_s)
         setups = [worker.setup.remote() for worker in self.workers]
         dense, state = self._gather(setups, timeout_s, "set up", asking=resources)[0]
-        self._layout = self.shards.set_dense(dense, state)
-        connects = [w.connect.remote(self.shards.handles, self._layout) for w in self.workers]
+        layout = self.shards.set_dense(dense, state)
+        connects = [w.connect.remote(self.shards.handles, layout) for w in self.workers]
         self._gather(connects, timeout_s, "connected")
 
     def train(

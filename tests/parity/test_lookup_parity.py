@@ -15,6 +15,7 @@ from typing import Any
 import httpx
 import numpy as np
 import pytest
+import tensorflow as tf
 from fastapi import FastAPI
 from hypothesis import example, given, settings
 from hypothesis import strategies as st
@@ -30,7 +31,6 @@ from serving.lookup import LookupService
 from tests.support.exports import write_export
 
 pytestmark = pytest.mark.parity
-tf = pytest.importorskip("tensorflow")
 
 DIM = 3
 SIZES = (1, 13)

@@ -376,6 +376,7 @@ def test_a_rating_file_without_rows_is_refused(tmp_path: Path) -> None:
     [
         ({"split": "u9"}, "split is 'u9', wanted one of random, time, u1"),
         ({"test_fraction": -0.1}, "test_fraction is -0.1"),
+        ({"test_fraction": 0.1, "split": "u1"}, "but split 'u1' has its own test rows"),
         ({"max_history": -1}, "max_history is -1"),
         ({"max_ratings": -1}, "max_ratings is -1"),
         ({"max_history": 0, "history_rating": True}, "history_rating is on but max_history is 0"),

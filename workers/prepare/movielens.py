@@ -46,7 +46,7 @@ def prepare_movielens(
     out: Path,
     *,
     split: str = "random",
-    test_fraction: float = 0.1,
+    test_fraction: float | None = None,
     seed: int = 0,
     max_history: int = 50,
     history_rating: bool = False,
@@ -61,7 +61,8 @@ def prepare_movielens(
         out: Folder to write; an earlier data set there is replaced at the end.
         split: `random`, `time` (the last ratings are the test rows) or, for ml-100k, one of
             `u1`..`u5`, `ua`, `ub`.
-        test_fraction: Share of test rows in [0, 1); named splits bring their own.
+        test_fraction: Share of test rows in [0, 1), None for 0.1; a named split brings its own and
+            takes none.
         seed: Seed of the random split and of the order of the training rows.
         max_history: Most recent training items kept per row; 0 writes no history column.
         history_rating: Also write the ratings of the history, for use as weights.
@@ -74,6 +75,11 @@ def prepare_movielens(
         DataError: No known format, a malformed line, a bad option, or `out` must not be replaced.
     """
     _check_options(split, max_history, history_rating, max_ratings)
+    if test_fraction is not None and split in files.NAMED_SPLITS:
+        raise DataError(
+            f"test_fraction is {test_fraction}, but split '{split}' has its own test rows"
+        )
+    test_fraction = 0.1 if test_fraction is None else test_fraction
     check_split_options(test_fraction, seed)
     source, out = Path(source), Path(out)
     layout = files.detect_format(source)
