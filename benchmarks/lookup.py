@@ -19,6 +19,7 @@ import tensorflow as tf
 
 from ps.config import FeatureConfig, TableConfig
 from ps.export import ExportWriter, open_export, write_rows
+from ps.inputs import Bags
 from ps.ragged import Ragged
 from ps.spec import resolve
 from serving.lookup import LookupService
@@ -69,7 +70,7 @@ def main() -> None:
         for batch in (1, 64, 512):
             splits = np.arange(batch + 1, dtype=np.int64) * BAG
             ids = {n: rng.integers(0, ROWS, batch * BAG) for n in service.export.tables}
-            ours = {n: Ragged(i, splits) for n, i in ids.items()}
+            ours = {n: Bags(Ragged(i, splits)) for n, i in ids.items()}
             theirs = {n: tf.RaggedTensor.from_row_splits(i, splits) for n, i in ids.items()}
             for name, rows in stock(theirs).items():
                 np.testing.assert_allclose(service.lookup(ours)[name], rows, rtol=1e-5, atol=1e-5)

@@ -6,9 +6,7 @@ import asyncio
 from collections.abc import Callable
 from typing import TypeVar
 
-import numpy as np
-
-from ps.export import RowFile, write_rows
+from ps.export_file import RowFile, read_rows, write_rows
 from ps.messages import Pull, Push, Rows, ShardStats
 from ps.ordering import InOrder
 from ps.ragged import F32
@@ -30,9 +28,16 @@ class ShardServer:
         self._state = ShardState(spec)
         self._inbox = InOrder()
 
-    async def set_dense(self, dense: F32, state: F32) -> None:
+    async def load_table(self, table: str, rows: RowFile, slots: dict[str, RowFile]) -> None:
+        """Take this shard's rows and slots of a table from a snapshot's files."""
+        for slab, row_view, slot_views in self._state.slabs(table):
+            read_rows(rows, slab.first_id, row_view)
+            for name, slot_view in slot_views.items():
+                read_rows(slots[name], slab.first_id, slot_view)
+
+    async def set_dense(self, dense: F32, state: F32, slots: dict[str, F32], version: int) -> None:
         """See `ShardState.set_dense`."""
-        self._state.set_dense(dense, state)
+        self._state.set_dense(dense, state, slots, version)
 
     async def pull(self, number: int, pull: Pull) -> Rows:
         """See `ShardState.pull`; `number` counts this worker's calls to this shard."""
@@ -75,15 +80,19 @@ class ShardServer:
         dense, slots, state = self._state.dense()
         return dense.copy(), {name: slot.copy() for name, slot in slots.items()}, state.copy()
 
-    async def write_export(self, version: int, table: str, file: RowFile) -> int:
-        """Write this shard's rows of a table into an export's file; returns their number.
+    async def write_table(
+        self, version: int, table: str, rows: RowFile, slots: dict[str, RowFile]
+    ) -> int:
+        """Write this shard's rows of a table, and the named slots; returns the number of rows.
 
         The shard must be at `version`.
         """
         self._state.check_version(version)
         count = 0
-        for slab, rows, _ in self._state.slabs(table):
-            write_rows(file, slab.first_id, np.ascontiguousarray(rows))
+        for slab, row_view, slot_views in self._state.slabs(table):
+            write_rows(rows, slab.first_id, row_view)
+            for name, file in slots.items():
+                write_rows(file, slab.first_id, slot_views[name])
             count += slab.num_rows
         return count
 

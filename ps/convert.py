@@ -9,7 +9,8 @@ from __future__ import annotations
 import dataclasses
 from typing import Any
 
-from ps.config import FeatureConfig, TableConfig
+from ps.config import CustomCombiner, FeatureConfig, QuantizationConfig, TableConfig
+from ps.custom_optimizer import CustomOptimizer
 from ps.errors import ConfigError
 from ps.initializers import (
     Constant,
@@ -62,7 +63,7 @@ def _table(stock: Any) -> TableConfig:
         # TensorFlow's default is TruncatedNormal(0, 1/√dim), as ours; its repr shows it as None.
         initializer=None if default_initializer else initializer_from_tensorflow(stock.initializer),
         optimizer=None if stock.optimizer is None else optimizer_from_tensorflow(stock.optimizer),
-        combiner=stock.combiner,
+        combiner=stock.combiner if isinstance(stock.combiner, str) else _combiner(stock.combiner),
         name=stock.name,
         quantization_config=stock.quantization_config,
         layout=stock.layout,
@@ -70,17 +71,43 @@ def _table(stock: Any) -> TableConfig:
     )
 
 
+def _combiner(stock: Any) -> CustomCombiner:
+    return CustomCombiner(
+        stock.combiner_computation,
+        stock.max_valency,
+        stock.num_weights,
+        next(iter(stock._slot_initializers()), None),
+        stock.combiner_weights_learning_rate,
+    )
+
+
+def quantization_from_tensorflow(stock: Any) -> QuantizationConfig:
+    """A `tf.tpu.experimental.embedding.QuantizationConfig` as ours.
+
+    Raises:
+        ConfigError: something else.
+    """
+    if type(stock).__name__ != "QuantizationConfig" or not hasattr(stock, "num_buckets"):
+        raise ConfigError(f"`quantization_config` must be a QuantizationConfig, got {stock!r}")
+    return QuantizationConfig(stock.num_buckets, stock.lower, stock.upper)
+
+
 def optimizer_from_tensorflow(stock: Any) -> Optimizer:
     """A `tf.tpu.experimental.embedding` optimizer as ours.
 
     Raises:
-        ConfigError: not one of the five.
+        ConfigError: not one of the six.
     """
-    kind: Any = OPTIMIZERS.get(type(stock).__name__)
-    if kind is None or not type(stock).__module__.startswith("tensorflow"):
+    if not type(stock).__module__.startswith("tensorflow"):
+        kind: Any = None
+    elif type(stock).__name__ == "CustomOptimizer":
+        return _custom_optimizer(stock)
+    else:
+        kind = OPTIMIZERS.get(type(stock).__name__)
+    if kind is None:
         raise ConfigError(
             f"{stock!r} is an unsupported optimizer class; "
-            f"supported: {', '.join(sorted(OPTIMIZERS))}"
+            f"supported: {', '.join(sorted([*OPTIMIZERS, CustomOptimizer.__name__]))}"
         )
     arguments = {
         field.name: getattr(stock, field.name)
@@ -91,6 +118,17 @@ def optimizer_from_tensorflow(stock: Any) -> Optimizer:
     clipvalue = None if bounds == (None, None) else bounds
     converted: Optimizer = kind(**arguments, clipvalue=clipvalue)
     return converted
+
+
+def _custom_optimizer(stock: Any) -> CustomOptimizer:
+    return CustomOptimizer(
+        stock.custom_computation,
+        stock.learning_rate,
+        stock._slot_names(),
+        stock._slot_initializers(),
+        stock.hyperparameters,
+        stock.slot_dims,
+    )
 
 
 def initializer_from_tensorflow(stock: Any) -> Initializer:

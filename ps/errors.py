@@ -18,8 +18,20 @@ class DataError(MantaError, ValueError):
     """Input data is wrong: missing file or column, wrong dtype, empty data set."""
 
 
-class ExportError(MantaError, ValueError):
-    """An export folder is missing, incomplete or damaged."""
+class StorageError(MantaError, ValueError):
+    """Files of rows are missing, incomplete or damaged, or cannot be written."""
+
+
+class ExportError(StorageError):
+    """An export folder is missing, incomplete or damaged, or cannot be written."""
+
+
+class SnapshotError(StorageError):
+    """A training snapshot is missing, incomplete or damaged, or cannot be written."""
+
+
+class CheckpointError(MantaError, ValueError):
+    """A TensorFlow checkpoint lacks something, holds something else, or cannot be written."""
 
 
 class InputError(MantaError, ValueError):

@@ -11,48 +11,26 @@ ROOT on a file system that all of them see.
 
 from __future__ import annotations
 
-import errno
-import json
 import re
-import shutil
-import uuid
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from dataclasses import asdict, dataclass
 from datetime import UTC, datetime
-from pathlib import Path, PurePosixPath
-from types import TracebackType
-from typing import Any, Self, TypeVar, cast
+from pathlib import Path
+from typing import Any, Protocol
 from urllib.parse import quote
-
-import numpy as np
-import pyarrow as pa
 
 from ps.config import COMBINERS, Combiner
 from ps.errors import ExportError
-from ps.export_file import (
-    RowFile,
-    allocate,
-    map_rows,
-    sha256,
-    sync,
-    write_rows,
-    write_text,
-    writing_export,
-)
+from ps.export_file import RowFile, map_rows, write_rows, writing
+from ps.folders import MANIFEST, FolderWriter, Kind, Manifest, read_variables, set_latest
 from ps.ragged import F32
-from ps.spec import EmbeddingSpec, FeatureSpec
+from ps.spec import FeatureSpec
 
 __all__ = ["Export", "ExportTable", "ExportWriter", "RowFile", "open_export", "write_rows"]
 
-FORMAT_VERSION = 1
-LATEST = "LATEST"
-MANIFEST = "manifest.json"
-DENSE_FILE = "dense.arrow"
 VERSION_NAME = re.compile(r"v(\d{6,})")
-DENSE_SCHEMA = pa.schema(
-    [("name", pa.string()), ("shape", pa.list_(pa.int64())), ("values", pa.list_(pa.float32()))]
-)
-T = TypeVar("T")
+EXPORT = Kind("export", ExportError, 1, VERSION_NAME, "v000001")
+DENSE_FILE = "dense.arrow"
 
 
 @dataclass(frozen=True, slots=True, kw_only=True, eq=False)
@@ -94,21 +72,32 @@ class Export:
         Raises:
             ExportError: the file is damaged.
         """
-        path = self.dense_file
-        if path is None:
-            return {}
-        variables: dict[str, F32] = {}
-        try:
-            with pa.OSFile(str(path)) as source:
-                for row in pa.ipc.open_file(source).read_all().to_batches():
-                    name, shape = row["name"][0].as_py(), row["shape"][0].as_py()
-                    variables[name] = row["values"][0].values.to_numpy().reshape(shape)
-        except (OSError, KeyError, ValueError) as e:
-            raise ExportError(f"'{path}' does not hold dense variables: {e}") from e
-        return variables
+        return {} if self.dense_file is None else read_variables(EXPORT, self.dense_file)
 
 
-class ExportWriter:
+class ExportTableSpec(Protocol):
+    """What an export says of a table."""
+
+    @property
+    def name(self) -> str: ...
+    @property
+    def vocabulary_size(self) -> int: ...
+    @property
+    def dim(self) -> int: ...
+    @property
+    def combiner(self) -> object: ...
+
+
+class ExportSpec(Protocol):
+    """What an export says of its tables and features: an `EmbeddingSpec` or a `Snapshot`."""
+
+    @property
+    def tables(self) -> Sequence[ExportTableSpec]: ...
+    @property
+    def features(self) -> Sequence[FeatureSpec]: ...
+
+
+class ExportWriter(FolderWriter):
     """Builds one version in a hidden folder and publishes it whole, or not at all.
 
     Use as a context manager. Rows that nobody writes are zero. A killed process leaves its hidden
@@ -119,24 +108,23 @@ class ExportWriter:
     ...     writer.commit()
     """
 
-    def __init__(self, root: Path, spec: EmbeddingSpec, *, step: int, job: str) -> None:
-        self._root = Path(root).absolute()  # shards have other working folders
+    def __init__(self, root: Path, spec: ExportSpec, *, step: int, job: str) -> None:
+        """Name what will be exported; `with` makes the hidden folder.
+
+        Raises:
+            ExportError: a table has a combiner that serving cannot run.
+        """
+        super().__init__(EXPORT, root)
+        for table in spec.tables:
+            if table.combiner not in COMBINERS:
+                raise ExportError(
+                    f"export: table '{table.name}': serving cannot run a custom combiner, "
+                    f"only {COMBINERS}"
+                )
         self._spec = spec
         self._step = step
         self._job = job
-        self._folder = self._root / f".export-{uuid.uuid4().hex}"
-        self._row_files: dict[str, RowFile] = {}
         self._model: dict[str, Any] | None = None
-
-    def __enter__(self) -> Self:
-        with writing_export(self._root):
-            (self._folder / "tables").mkdir(parents=True)
-        return self
-
-    def __exit__(
-        self, kind: type[BaseException] | None, e: BaseException | None, trace: TracebackType | None
-    ) -> None:
-        shutil.rmtree(self._folder, ignore_errors=True)  # gone already after a commit
 
     def row_file(self, table: str) -> RowFile:
         """The file of a table, allocated and zero on first use.
@@ -144,14 +132,15 @@ class ExportWriter:
         Raises:
             ExportError: the job has no such table, or the disk refuses.
         """
-        if table not in self._row_files:
-            known = {spec.name: spec for spec in self._spec.tables}
-            if table not in known:
-                raise ExportError(f"export: no table '{table}', only {sorted(known)}")
-            spec, path = known[table], self._folder / table_file(table)
-            with writing_export(path):
-                self._row_files[table] = allocate(path, spec.vocabulary_size, spec.dim)
-        return self._row_files[table]
+        known = {spec.name: spec for spec in self._spec.tables}
+        if table not in known:
+            raise ExportError(f"export: no table '{table}', only {sorted(known)}")
+        spec = known[table]
+        return self._allocate(table_file(table), spec.vocabulary_size, spec.dim)
+
+    def slot_files(self, table: str) -> dict[str, RowFile]:
+        """No files: an export has no slots."""
+        return {}
 
     def add_dense(self, variables: Mapping[str, F32], model: Mapping[str, Any]) -> None:
         """Store the variables of the dense model.
@@ -163,14 +152,7 @@ class ExportWriter:
         Raises:
             ExportError: an array is not float32, or the disk refuses.
         """
-        path = self._folder / DENSE_FILE
-        with writing_export(path), pa.ipc.new_file(str(path), DENSE_SCHEMA) as out:
-            for name, value in variables.items():
-                if value.dtype != np.float32:
-                    raise ExportError(f"dense '{name}': must be float32, got {value.dtype}")
-                row = ([name], [list(value.shape)], [np.ravel(value)])
-                columns = map(pa.array, row, DENSE_SCHEMA.types)
-                out.write_batch(pa.record_batch(list(columns), schema=DENSE_SCHEMA))
+        self._write_variables(DENSE_FILE, variables)
         self._model = dict(model)
 
     def commit(self) -> Path:
@@ -184,25 +166,20 @@ class ExportWriter:
         Raises:
             ExportError: a table was never opened with `row_file`, or the disk refuses.
         """
-        missing = [spec.name for spec in self._spec.tables if spec.name not in self._row_files]
+        names = [spec.name for spec in self._spec.tables]
+        missing = [name for name in names if table_file(name) not in self._row_files]
         if missing:
             raise ExportError(f"export in '{self._root}': no rows were written for {missing}")
-        with writing_export(self._root):
+        with EXPORT.errors(), writing(self._root):
             manifest = self._manifest()
             while True:
                 version = next_version(self._root)
-                manifest["version"] = version
-                write_text(self._folder / MANIFEST, json.dumps(manifest, indent=2) + "\n")
-                sync(self._folder / "tables")
-                sync(self._folder)
                 try:
-                    self._folder.rename(self._root / version)
+                    self._publish(version, manifest)
                     break
-                except OSError as e:
-                    if e.errno not in (errno.EEXIST, errno.ENOTEMPTY):
-                        raise  # else another writer took this number: try the next one
-            sync(self._root)
-            _publish(self._root, version)
+                except FileExistsError:
+                    continue  # another writer took this number: try the next one
+            _point_latest(self._root, version)
         return self._root / version
 
     def _manifest(self) -> dict[str, Any]:
@@ -213,7 +190,7 @@ class ExportWriter:
         ]
         dense = None if self._model is None else self._seal(DENSE_FILE) | {"model": self._model}
         return {
-            "format_version": FORMAT_VERSION,
+            "format_version": EXPORT.format_version,
             "version": "",
             "job": self._job,
             "step": self._step,
@@ -222,11 +199,6 @@ class ExportWriter:
             "features": [asdict(feature) for feature in self._spec.features],
             "dense": dense,
         }
-
-    def _seal(self, file: str) -> dict[str, Any]:
-        path = self._folder / file
-        sync(path)
-        return {"file": file, "size_bytes": path.stat().st_size, "sha256": sha256(path)}
 
 
 def table_file(table: str) -> str:
@@ -248,32 +220,21 @@ def open_export(path: Path, *, verify: bool = False) -> Export:
     Raises:
         ExportError: missing, truncated, damaged, or written by a newer Manta.
     """
-    folder = _version_folder(Path(path).absolute())
-    where = f"'{folder / MANIFEST}'"
-    manifest = _read_manifest(folder)
-    tables: dict[str, ExportTable] = {}
-    for entry in _field(manifest, "tables", list, where):
-        table = _open_table(folder, entry, where, verify)
-        tables[table.name] = table
-    features: dict[str, FeatureSpec] = {}
-    for entry in _field(manifest, "features", list, where):
-        feature = _feature(entry, where)
-        if feature.table not in tables:
-            raise ExportError(f"{where}: feature '{feature.name}': no table '{feature.table}'")
-        features[feature.name] = feature
-    dense, version = manifest.get("dense"), _field(manifest, "version", str, where)
-    if not VERSION_NAME.fullmatch(version):
-        raise ExportError(f"{where}: 'version' must look like v000001, got {version!r:.80}")
+    manifest = Manifest(EXPORT, path, verify=verify)
+    values = manifest.values
+    entries = [_open_table(manifest, e) for e in manifest.field(values, "tables", list)]
+    tables = {table.name: table for table in entries}
+    dense = values.get("dense")
     return Export(
-        path=folder,
-        version=version,
-        step=_field(manifest, "step", int, where),
-        job=_field(manifest, "job", str, where),
-        created=_field(manifest, "created", str, where),
+        path=manifest.folder,
+        version=manifest.version,
+        step=manifest.field(values, "step", int),
+        job=manifest.field(values, "job", str),
+        created=manifest.field(values, "created", str),
         tables=tables,
-        features=features,
-        dense_model=None if dense is None else _field(dense, "model", dict, where),
-        dense_file=None if dense is None else _check_file(folder, dense, where, verify),
+        features=manifest.features(tables),
+        dense_model=None if dense is None else manifest.field(dense, "model", dict),
+        dense_file=None if dense is None else manifest.file(dense),
     )
 
 
@@ -283,7 +244,7 @@ def next_version(root: Path) -> str:
     return f"v{max(numbers, default=0) + 1:06d}"
 
 
-def _publish(root: Path, version: str) -> None:
+def _point_latest(root: Path, version: str) -> None:
     """Point LATEST at `version`, or at a higher one that another writer publishes meanwhile.
 
     Without a lock: who moved LATEST looks again, so whoever looks last leaves the highest version.
@@ -297,103 +258,22 @@ def _publish(root: Path, version: str) -> None:
         version = f"v{newest:06d}"
 
 
-def set_latest(root: Path, version: str) -> None:
-    """Point LATEST at a version, atomically."""
-    temporary = root / f".{LATEST}-{uuid.uuid4().hex}"
-    try:
-        write_text(temporary, version + "\n")
-        temporary.replace(root / LATEST)
-    finally:
-        temporary.unlink(missing_ok=True)
-    sync(root)
-
-
-def _version_folder(path: Path) -> Path:
-    if not path.is_dir():
-        raise ExportError(f"export '{path}': no such folder")
-    if (path / MANIFEST).is_file():
-        return path
-    try:
-        version = (path / LATEST).read_text(encoding="utf-8").strip()
-    except (OSError, UnicodeDecodeError) as e:
-        raise ExportError(f"'{path}' is no export: it has neither {LATEST} nor {MANIFEST}") from e
-    if not VERSION_NAME.fullmatch(version):
-        raise ExportError(f"'{path / LATEST}' must hold a name like v000001, got {version[:40]!r}")
-    if not (path / version / MANIFEST).is_file():
-        raise ExportError(f"'{path / LATEST}' names {version}, which has no {MANIFEST}")
-    return path / version
-
-
-def _read_manifest(folder: Path) -> dict[str, Any]:
-    path = folder / MANIFEST
-    try:
-        manifest = json.loads(path.read_bytes())
-    except (OSError, ValueError, RecursionError) as e:
-        raise ExportError(f"'{path}' cannot be read: {e}") from e
-    found = _field(manifest, "format_version", int, f"'{path}'")
-    if found > FORMAT_VERSION:
-        raise ExportError(
-            f"'{path}': format_version {found} is newer than this Manta knows ({FORMAT_VERSION}); "
-            "install a newer manta-ps"
-        )
-    if found != FORMAT_VERSION:
-        raise ExportError(f"'{path}': format_version must be {FORMAT_VERSION}, got {found}")
-    return cast("dict[str, Any]", manifest)
-
-
-def _open_table(folder: Path, entry: Any, where: str, verify: bool) -> ExportTable:
-    path = _check_file(folder, entry, where, verify)
-    num_rows, dim = _field(entry, "vocabulary_size", int, where), _field(entry, "dim", int, where)
-    if num_rows < 1 or not 1 <= dim < 2**31:
-        raise ExportError(
-            f"{where}: a table must be from [1, 1] to [*, 2³¹ - 1], got [{num_rows}, {dim}]"
-        )
-    combiner = _field(entry, "combiner", str, where)
+def _open_table(manifest: Manifest, entry: Any) -> ExportTable:
+    path, (num_rows, dim) = manifest.file(entry), manifest.shape(entry)
+    combiner = manifest.field(entry, "combiner", str)
     if combiner not in COMBINERS:
-        raise ExportError(f"{where}: `combiner` must be one of {COMBINERS}, got '{combiner}'")
+        raise ExportError(
+            f"{manifest.where}: `combiner` must be one of {COMBINERS}, got '{combiner}'"
+        )
+    with EXPORT.errors():
+        rows_VD = map_rows(path, num_rows, dim)
     return ExportTable(
-        name=_field(entry, "name", str, where),
+        name=manifest.field(entry, "name", str),
         vocabulary_size=num_rows,
         dim=dim,
         combiner=combiner,
         file=entry["file"],
         size_bytes=entry["size_bytes"],
         sha256=entry["sha256"],
-        rows_VD=map_rows(path, num_rows, dim),
+        rows_VD=rows_VD,
     )
-
-
-def _feature(entry: Any, where: str) -> FeatureSpec:
-    name = _field(entry, "name", str, where)
-    shape = entry.get("output_shape")
-    return FeatureSpec(
-        name=name,
-        table=_field(entry, "table", str, where),
-        max_sequence_length=_field(entry, "max_sequence_length", int, where),
-        validate_weights_and_indices=_field(entry, "validate_weights_and_indices", bool, where),
-        output_shape=None if shape is None else tuple(_field(entry, "output_shape", list, where)),
-    )
-
-
-def _check_file(folder: Path, entry: Any, where: str, verify: bool) -> Path:
-    file, size = _field(entry, "file", str, where), _field(entry, "size_bytes", int, where)
-    checksum = _field(entry, "sha256", str, where)
-    if PurePosixPath(file).is_absolute() or ".." in PurePosixPath(file).parts or "\0" in file:
-        raise ExportError(f"{where}: file {file!r} is outside the version folder")
-    path = folder / file
-    try:
-        found = path.stat().st_size
-        if found != size:
-            raise ExportError(f"'{path}': {found} bytes, but the manifest says {size}")
-        if verify and (seen := sha256(path)) != checksum:
-            raise ExportError(f"'{path}' is damaged: sha256 {seen}, the manifest says {checksum}")
-    except OSError as e:
-        raise ExportError(f"'{path}' cannot be read: {e.strerror or e}") from e
-    return path
-
-
-def _field(entry: Any, key: str, kind: type[T], where: str) -> T:
-    value = entry.get(key) if isinstance(entry, dict) else None
-    if type(value) is not kind:
-        raise ExportError(f"{where}: '{key}' must be of type {kind.__name__}, got {value!r:.80}")
-    return value

@@ -20,6 +20,7 @@ from ps.messages import Pull, Push, Rows, ShardStats
 from ps.partition import Layout, slices
 from ps.ragged import F32
 from ps.shard import ShardSpec
+from ps.snapshot import DenseValues, Snapshot, SnapshotWriter
 from ps.spec import EmbeddingSpec
 
 
@@ -34,7 +35,7 @@ class TableState:
 CALLS_PER_WORKER = 16
 """Room in an actor for a worker's calls: pulls that wait and pushes, 3 + 5 at lookahead 2."""
 CHECK_EVERY_S = 1.0
-EXPORT_TIMEOUT_S = 3600.0
+FILES_TIMEOUT_S = 3600.0
 
 
 class RayTransport:
@@ -132,16 +133,35 @@ class ShardGroup:
                 f"each asks for {self._resources}, the cluster has {free_resources()} free"
             ) from None
 
-    def set_dense(self, dense: F32, state: F32) -> Layout:
-        """Cut the flat dense vectors into slices and hand them out; the shards are ready then."""
-        layout = Layout.of(self.embedding, self.spec.num_shards, dense.size, state.size)
-        parts = zip(
-            self.handles,
-            slices(dense, layout.dense_splits),
-            slices(state, layout.state_splits),
-            strict=True,
+    def load_tables(self, snapshot: Snapshot) -> None:
+        """Let every shard take its rows and slots of every table from a snapshot."""
+        for table in snapshot.tables:
+            loads = [
+                h.load_table.remote(table.name, table.row_file, table.slot_files)
+                for h in self.handles
+            ]
+            ray.get(loads, timeout=FILES_TIMEOUT_S)
+
+    def set_dense(self, values: DenseValues, version: int = 0) -> Layout:
+        """Cut the flat dense vectors into slices and hand them out; the shards are ready then.
+
+        Args:
+            values: slots that are missing get their first values.
+            version: number of steps that these values, and the tables, have behind them.
+        """
+        layout = Layout.of(
+            self.embedding, self.spec.num_shards, values.trainable.size, values.state.size
         )
-        ray.get([h.set_dense.remote(d, s) for h, d, s in parts], timeout=DEFAULT_TIMEOUT_S)
+        dense = slices(values.trainable, layout.dense_splits)
+        slots = {name: slices(v, layout.dense_splits) for name, v in values.slots.items()}
+        state = slices(values.state, layout.state_splits)
+        calls = [
+            h.set_dense.remote(
+                dense[k], state[k], {name: parts[k] for name, parts in slots.items()}, version
+            )
+            for k, h in enumerate(self.handles)
+        ]
+        ray.get(calls, timeout=DEFAULT_TIMEOUT_S)
         return layout
 
     def stats(self, timeout_s: float = DEFAULT_TIMEOUT_S) -> list[ShardStats]:
@@ -175,13 +195,13 @@ class ShardGroup:
         dense = np.concatenate([p[0] for p in parts])
         return dense, slots, np.concatenate([p[2] for p in parts])
 
-    def write_tables(self, writer: ExportWriter, version: int) -> None:
-        """Let every shard write its rows of every table, at `version`, into an export."""
+    def write_tables(self, writer: ExportWriter | SnapshotWriter, version: int) -> None:
+        """Let every shard write its rows, and for a snapshot its slots, at `version`."""
         for table in self.embedding.tables:
-            file = writer.row_file(table.name)
+            rows, slots = writer.row_file(table.name), writer.slot_files(table.name)
             counts = ray.get(
-                [h.write_export.remote(version, table.name, file) for h in self.handles],
-                timeout=EXPORT_TIMEOUT_S,
+                [h.write_table.remote(version, table.name, rows, slots) for h in self.handles],
+                timeout=FILES_TIMEOUT_S,
             )
             assert sum(counts) == table.vocabulary_size, "every row belongs to one shard"
 

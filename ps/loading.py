@@ -145,6 +145,8 @@ def _union(options: Sequence[Any], value: Any, path: str) -> Any:
     if value is None and type(None) in options:
         return None
     rest = [o for o in options if o is not type(None)]
+    # The first error is reported: let it be that of the kind that was meant.
+    rest.sort(key=lambda o: dataclasses.is_dataclass(o) != isinstance(value, dict))
     if isinstance(value, dict) and any(get_origin(o) is Callable_ for o in rest):
         return _named(SCHEDULES, value, path)
     errors = []

@@ -1,15 +1,18 @@
 """Optimizer configurations: TensorFlow's names, argument order, defaults and checks.
 
 Each class says which slots it keeps and which float32 numbers its kernel takes; the update loops
-are in `ps.kernels.update`. Reference: `tf.tpu.experimental.embedding` of TensorFlow 2.21.
+are in `ps.kernels.update`. `ps.custom_optimizer` has the one whose update is the user's own
+function. Reference: `tf.tpu.experimental.embedding` of TensorFlow 2.21.
 """
 
 from __future__ import annotations
 
+import dataclasses
 import inspect
 from collections.abc import Callable
 from dataclasses import dataclass
-from typing import ClassVar
+from numbers import Real
+from typing import Any
 
 from ps.errors import ConfigError
 
@@ -18,7 +21,11 @@ ClipValue = float | tuple[float | None, float | None] | None
 
 
 def evaluate_rate(rate: Rate, step: int) -> float:
-    """The learning rate of a step: a number, `rate(step)`, or TensorFlow's `rate()`."""
+    """The learning rate of a step: a number, `rate(step)`, or TensorFlow's `rate()`.
+
+    Every shard has its own copy of a callable, so `rate(step)` is the form that does not forget: a
+    function of nothing that counts its calls starts anew when a shard does.
+    """
     if not callable(rate):
         return float(rate)
     return float(rate(step) if _takes_step(rate) else rate())
@@ -76,11 +83,22 @@ class LinearDecay:
 class Optimizer:
     """What all optimizers share: clipping, decay, and how slots are described.
 
-    `weight_decay_factor` f is decoupled: each touched row becomes w - f·w (times the learning rate
-    when `multiply_weight_decay_factor_by_learning_rate`) before the optimizer's own step.
+    A step does, per touched row: sum the gradients → clip the sum to `clipvalue` → decay the row →
+    the optimizer's own formula → clip the row to [`clip_weight_min`, `clip_weight_max`]. Slots are
+    neither decayed nor clipped.
+
+    `weight_decay_factor` f is decoupled: the row becomes w - f·w (times the learning rate when
+    `multiply_weight_decay_factor_by_learning_rate`).
+
+    With `use_gradient_accumulation=False` every contribution is a step of its own, in the order of
+    worker rank, then feature, then example; a gradient cannot be clipped then.
+
+    `low_dimensional_packing_status` is a hint about a TPU's memory layout: it is accepted and
+    changes no result, here as there.
     """
 
-    slot_names: ClassVar[tuple[str, ...]] = ()
+    slot_names: tuple[str, ...] = ()
+    """What is kept per row besides its values, by TensorFlow's names."""
 
     learning_rate: Rate
     use_gradient_accumulation: bool
@@ -89,11 +107,18 @@ class Optimizer:
     weight_decay_factor: float | None
     multiply_weight_decay_factor_by_learning_rate: bool | None
     clipvalue: ClipValue
+    slot_variable_creation_fn: Callable[..., object] | None = None
+    """For TensorFlow's own variables only: shards make their own slots and refuse it."""
 
     @property
     def slot_initial_values(self) -> tuple[float, ...]:
         """The constant that each slot starts with, in the order of `slot_names`."""
         return (0.0,) * len(self.slot_names)
+
+    @property
+    def rates(self) -> tuple[Rate, ...]:
+        """Everything that may be a callable and is evaluated each step, the learning rate first."""
+        return (self.learning_rate,)
 
     @property
     def updates_untouched_rows(self) -> bool:
@@ -115,27 +140,61 @@ class Optimizer:
         factor = self.weight_decay_factor or 0.0
         return factor * rate if self.multiply_weight_decay_factor_by_learning_rate else factor
 
+    def for_shards(self) -> Optimizer:
+        """This optimizer, as shards run it.
+
+        TensorFlow's constructors check little, so this is where an argument is refused that no
+        update could act on.
+
+        Raises:
+            ConfigError: slots that the caller would make, or text where a number belongs.
+        """
+        if self.slot_variable_creation_fn is not None:
+            raise ConfigError("shards make their own slots; leave out `slot_variable_creation_fn`")
+        for field in dataclasses.fields(self):  # type: ignore[arg-type]
+            value = getattr(self, field.name)
+            if field.name == "learning_rate" and callable(value):
+                continue
+            for number in value if field.name == "clipvalue" and value else (value,):
+                if not is_number(number) and not (number is None and field.default is None):
+                    raise ConfigError(
+                        f"{type(self).__name__}: `{field.name}` must be a number, got {number!r}"
+                    )
+        return self
+
+    def describe(self) -> dict[str, Any]:
+        """Name and arguments as JSON holds them, functions by their import path: for manifests."""
+        described = _plain(self)
+        assert isinstance(described, dict)
+        return described
+
     def _check_common(self) -> None:
+        """TensorFlow's checks, in its order."""
         name = type(self).__name__
-        low, high = _clip_bounds(self.clipvalue)
-        if self.clipvalue is not None and not self.use_gradient_accumulation:
-            raise ConfigError(
-                f"{name}: clipvalue=({low}, {high}) needs `use_gradient_accumulation` to be True, "
-                f"got {self.use_gradient_accumulation}"
-            )
-        # One spelling for one meaning, so that equal bounds are equal optimizers.
-        bounds = None if (low, high) == (None, None) else (low, high)
-        object.__setattr__(self, "clipvalue", bounds)
-        slot_fn = getattr(self, "slot_variable_creation_fn", None)
+        slot_fn = self.slot_variable_creation_fn
         if slot_fn is not None and not callable(slot_fn):
             raise ConfigError(
                 f"{name}: `slot_variable_creation_fn` must be None or callable, got {slot_fn!r}"
             )
+        if self.clipvalue is not None and not self.use_gradient_accumulation:
+            raise ConfigError(
+                f"{name}: clipvalue={self.clipvalue!r} needs `use_gradient_accumulation` to be "
+                f"True, got {self.use_gradient_accumulation}"
+            )
+        # One spelling for one meaning, so that equal bounds are equal optimizers.
+        low, high = _clip_bounds(self.clipvalue)
+        bounds = None if low is None and high is None else (low, high)
+        object.__setattr__(self, "clipvalue", bounds)
 
     def _positive(self, argument: str) -> None:
         value = getattr(self, argument)
         if value <= 0:
             raise ConfigError(f"{type(self).__name__}: `{argument}` must be > 0, got {value}")
+
+
+def is_number(value: object) -> bool:
+    """True for Python's and NumPy's numbers, bool included, as TensorFlow takes them."""
+    return isinstance(value, Real)
 
 
 def _clip_bounds(clipvalue: ClipValue) -> tuple[float | None, float | None]:
@@ -145,9 +204,23 @@ def _clip_bounds(clipvalue: ClipValue) -> tuple[float | None, float | None]:
         if len(clipvalue) != 2:
             raise ConfigError(f"clipvalue must be a number or (min, max), got {clipvalue}")
         return clipvalue
-    if isinstance(clipvalue, bool) or not isinstance(clipvalue, int | float):
+    if not is_number(clipvalue):
         raise TypeError(f"clipvalue must be a number or a tuple (min, max), got {clipvalue!r}")
     return -clipvalue, clipvalue
+
+
+def _plain(value: object) -> object:
+    if value is None or isinstance(value, bool | int | float | str):
+        return value
+    if isinstance(value, Real):
+        return float(value)
+    if isinstance(value, tuple):
+        return [_plain(item) for item in value]
+    if dataclasses.is_dataclass(value):  # an optimizer, a schedule, an initializer
+        fields = {f.name: _plain(getattr(value, f.name)) for f in dataclasses.fields(value)}
+        return {"name": type(value).__name__, **fields}
+    named = value if hasattr(value, "__qualname__") else type(value)
+    return f"{named.__module__}.{named.__qualname__}"
 
 
 @dataclass(frozen=True)
@@ -171,7 +244,7 @@ class SGD(Optimizer):
 class Adagrad(Optimizer):
     """a ← a + g²; w ← w - λ·g/√a, without an epsilon."""
 
-    slot_names: ClassVar[tuple[str, ...]] = ("accumulators",)
+    slot_names = ("accumulators",)
 
     learning_rate: Rate = 0.001
     initial_accumulator_value: float = 0.1
@@ -202,7 +275,7 @@ class AdagradMomentum(Optimizer):
     w ← w - λ·(momentum·m + s if use_nesterov else m).
     """
 
-    slot_names: ClassVar[tuple[str, ...]] = ("accumulators", "momenta")
+    slot_names = ("accumulators", "momenta")
 
     learning_rate: Rate = 0.001
     momentum: float = 0.0
@@ -233,7 +306,7 @@ class Adam(Optimizer):
     the table is updated each step, rows without a gradient with g = 0.
     """
 
-    slot_names: ClassVar[tuple[str, ...]] = ("momenta", "velocities")
+    slot_names = ("momenta", "velocities")
 
     learning_rate: Rate = 0.001
     beta_1: float = 0.9
@@ -254,7 +327,7 @@ class Adam(Optimizer):
         self._check_common()
         for argument in ("beta_1", "beta_2"):
             value = getattr(self, argument)
-            if not 0.0 <= value < 1.0:
+            if value < 0.0 or value >= 1.0:  # as TensorFlow has it: NaN passes
                 raise ConfigError(f"Adam: `{argument}` must be in [0, 1), got {value}")
         self._positive("epsilon")
         if not self.use_gradient_accumulation and not self.lazy_adam:
@@ -277,7 +350,7 @@ class FTRL(Optimizer):
     accepted and has no effect, as in TensorFlow.
     """
 
-    slot_names: ClassVar[tuple[str, ...]] = ("accumulators", "linears")
+    slot_names = ("accumulators", "linears")
 
     learning_rate: Rate = 0.001
     learning_rate_power: float = -0.5

@@ -1,6 +1,7 @@
 """`Ragged`: the ids (and weights) of one feature for a batch of examples, in CSR form.
 
-The only bag type in training, over HTTP and in the lookup. It knows no table and no combiner.
+The bags of training, and TensorFlow's RaggedTensor of rank 2 in lookups. It knows no table and no
+combiner.
 """
 
 from __future__ import annotations
@@ -31,7 +32,7 @@ class Ragged:
 
     def __post_init__(self) -> None:
         object.__setattr__(self, "ids", as_ids(self.ids))
-        splits = as_ids(self.row_splits)
+        splits = as_ids(self.row_splits, "row_splits")
         if splits.size < 1 or splits[0] != 0 or splits[-1] != self.ids.size:
             raise InputError(
                 f"row_splits must start at 0 and end at the number of ids {self.ids.size}, "
@@ -92,25 +93,39 @@ class Ragged:
         return Ragged(self.ids[lo:hi], self.row_splits[start : stop + 1] - lo, weights)
 
 
-def as_ids(values: npt.ArrayLike) -> I64:
+def as_integers(values: npt.ArrayLike, what: str) -> I64:
+    """Values of any shape as a contiguous int64 array.
+
+    Args:
+        values: integers; an empty array may have any type, as `np.array([])` has.
+        what: plural noun for error messages.
+
+    Raises:
+        InputError: not integers, or an integer beyond int64.
+    """
+    try:
+        array = np.asarray(values)
+    except (OverflowError, ValueError) as e:
+        raise InputError(f"{what} must be an array of integers: {e}") from None
+    if array.size == 0:
+        return np.zeros(array.shape, dtype=np.int64)
+    if array.dtype.kind == "u" and array.max() > np.iinfo(np.int64).max:
+        raise InputError(f"{what} must fit int64, got {array.max()}")
+    if array.dtype.kind not in "iu":
+        raise InputError(f"{what} must be integers, got {array.dtype}")
+    return np.asarray(array, dtype=np.int64, order="C")
+
+
+def as_ids(values: npt.ArrayLike, what: str = "ids") -> I64:
     """Values as a contiguous int64 [N] array.
 
     Raises:
         InputError: not one-dimensional, not integers, or an integer beyond int64.
     """
-    try:
-        array = np.asarray(values)
-    except (OverflowError, ValueError) as e:
-        raise InputError(f"ids must be a flat list of integers: {e}") from None
+    array = as_integers(values, what)
     if array.ndim != 1:
-        raise InputError(f"ids must have one dimension, got shape {list(array.shape)}")
-    if array.size == 0:
-        return np.zeros(0, dtype=np.int64)
-    if array.dtype.kind == "u" and array.max() > np.iinfo(np.int64).max:
-        raise InputError(f"id {array.max()} is beyond int64")
-    if array.dtype.kind not in "iu":
-        raise InputError(f"ids must be integers, got {array.dtype}")
-    return np.ascontiguousarray(array, dtype=np.int64)
+        raise InputError(f"{what} must have one dimension, got shape {list(array.shape)}")
+    return array
 
 
 def as_weights(values: npt.ArrayLike) -> F32:

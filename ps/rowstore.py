@@ -2,10 +2,12 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
+from functools import partial
 
 import numpy as np
 
+from ps.custom_optimizer import CustomOptimizer, updated_rows
 from ps.kernels import update
 from ps.kernels.combine import gather_rows
 from ps.optimizers import (
@@ -28,11 +30,11 @@ class RowStore:
         self.rows = rows
         self.optimizer = optimizer
         self.slots: dict[str, F32] = {
-            name: np.full_like(rows, value)
+            name: filled(rows.shape, value)
             for name, value in zip(optimizer.slot_names, optimizer.slot_initial_values, strict=True)
         }
         self._bounds = _bounds(optimizer)
-        self._update = _kernel_of(optimizer)
+        self._update = None if isinstance(optimizer, CustomOptimizer) else _kernel_of(optimizer)
 
     @property
     def size_bytes(self) -> int:
@@ -45,12 +47,36 @@ class RowStore:
         gather_rows(self.rows, local_rows, out)
         return out
 
-    def apply(self, local_rows: I64, grads: F32, rate: float) -> None:
+    def apply(
+        self, local_rows: I64, grads: F32, rate: float, hyperparameters: Sequence[float] = ()
+    ) -> None:
         """Update rows int64 [n] with gradients float32 [n, D], in order; `rate` is λ.
 
         A row that appears several times is updated several times. Rows not named stay as they are,
         unless the optimizer is non-lazy Adam.
+
+        Raises:
+            ConfigError: a custom computation failed; nothing has changed then.
         """
+        self.prepare(local_rows, grads, rate, hyperparameters)()
+
+    def prepare(
+        self, local_rows: I64, grads: F32, rate: float, hyperparameters: Sequence[float] = ()
+    ) -> Callable[[], None]:
+        """`apply` up to where it changes something; calling what is returned does the rest."""
+        if not isinstance(self.optimizer, CustomOptimizer):
+            return partial(self._apply_kernel, local_rows, grads, rate)
+        arrays = (self.rows, *self.slots.values())
+        rows, values = updated_rows(
+            self.optimizer, arrays, local_rows, grads, rate, hyperparameters
+        )
+        return partial(self._write, rows, values)
+
+    def _write(self, local_rows: I64, values: Sequence[F32]) -> None:
+        for array, new in zip((self.rows, *self.slots.values()), values, strict=True):
+            array[local_rows] = new
+
+    def _apply_kernel(self, local_rows: I64, grads: F32, rate: float) -> None:
         decay = np.float32(self.optimizer.decay(rate))
         self._run(local_rows, grads, np.float32(rate), decay)
         if self.optimizer.updates_untouched_rows:
@@ -63,7 +89,13 @@ class RowStore:
                 self._run(chunk, zeros, np.float32(rate), np.float32(0.0))
 
     def _run(self, index: I64, grads: F32, rate: np.float32, decay: np.float32) -> None:
+        assert self._update is not None, "a custom computation has no kernel"
         self._update(self.rows, *self.slots.values(), index, grads, rate, decay, self._bounds)
+
+
+def filled(shape: tuple[int, ...], value: float) -> F32:
+    """A float32 array of one value. Zeros take no memory before they are written."""
+    return np.full(shape, value, np.float32) if value else np.zeros(shape, np.float32)
 
 
 def _bounds(optimizer: Optimizer) -> F32:

@@ -9,21 +9,22 @@ answered the moment that version is made, before anything later can be applied.
 from __future__ import annotations
 
 from collections import defaultdict
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Mapping
 from dataclasses import dataclass
 from typing import Literal
 
 import numpy as np
 
-from ps.errors import ProtocolError, ShardNotReadyError
-from ps.initializers import table_key
+from ps.custom_optimizer import CustomOptimizer
+from ps.errors import ConfigError, ProtocolError, ShardNotReadyError
+from ps.initializers import Constant, table_key
 from ps.kernels.combine import add_rows
 from ps.kernels.dedup import distinct_ids, first_out_of_range
 from ps.messages import Pull, Push, Rows, ShardStats
 from ps.optimizers import Optimizer, Rate, evaluate_rate
 from ps.partition import Layout, Slab
 from ps.ragged import F32, I64
-from ps.rowstore import RowStore
+from ps.rowstore import RowStore, filled
 from ps.spec import EmbeddingSpec, TableSpec
 
 Reduction = Literal["mean", "sum"]
@@ -43,6 +44,17 @@ class ShardSpec:
     """How the workers' gradients become one: their mean (default) or their sum."""
     seed: int = 0
 
+    def __post_init__(self) -> None:
+        if isinstance(self.dense_optimizer, CustomOptimizer):
+            raise ConfigError(
+                "dense_optimizer: a CustomOptimizer updates rows of tables, and the dense values "
+                "have none; use one of TensorFlow's other optimizers"
+            )
+        try:
+            self.dense_optimizer.for_shards()
+        except ConfigError as e:
+            raise ConfigError(f"dense_optimizer: {e}") from None
+
 
 class ShardState:
     """One shard. Refuses pulls and pushes until `set_dense` has been called."""
@@ -59,10 +71,23 @@ class ShardState:
         self._waiting: list[tuple[Pull, Reply]] = []
         self._rows_pulled = self._rows_pushed = self._duplicates = 0
 
-    def set_dense(self, dense: F32, state: F32) -> None:
-        """Give the shard its slices of the flat dense vectors; it is ready from then on."""
+    def set_dense(
+        self, dense: F32, state: F32, slots: Mapping[str, F32] | None = None, version: int = 0
+    ) -> None:
+        """Give the shard its slices of the flat dense vectors; it is ready from then on.
+
+        Args:
+            dense: float32 [p], trainable.
+            state: float32 [s], non-trainable.
+            slots: float32 [p] per slot of the dense optimizer; None for their first values.
+            version: number of steps that these values, and the tables, have behind them.
+        """
         self._dense = RowStore(dense.reshape(1, -1).copy(), self.spec.dense_optimizer)
+        for name, values in (slots or {}).items():
+            self._dense.slots[name][0] = values
         self._state = state.copy()
+        self.version = version
+        self._next_step = [version] * self.spec.num_workers
 
     def pull(self, pull: Pull, reply: Reply) -> None:
         """Answer through `reply`, at once or when the wanted version is made.
@@ -201,7 +226,9 @@ class ShardState:
         placement = self._layout.placements[table.name]
         key = table_key(self.spec.seed, table.name)
         num_rows = placement.num_local_rows(self.spec.shard_id)
-        rows = np.empty((num_rows, table.dim), dtype=np.float32)
+        rows = filled((num_rows, table.dim), 0.0)
+        if table.initializer == Constant(0.0):
+            return RowStore(rows, table.optimizer)
         for slab in placement.slabs(self.spec.shard_id):
             ids = np.arange(slab.first_id, slab.first_id + slab.num_rows, dtype=np.int64)
             span = slice(slab.first_local_row, slab.first_local_row + slab.num_rows)
@@ -225,36 +252,52 @@ class ShardState:
     def _apply(self, pushes: dict[int, Push]) -> None:
         ranked = [pushes[worker] for worker in range(self.spec.num_workers)]
         dense = self._check_ready()
-        rates = self._rates([*self._tables, dense])  # a rate may raise: before anything changes
-        for i, store in enumerate(self._tables):
-            index, grads = self._reduce(
-                [p.local_rows[i] for p in ranked],
-                [p.grads[i] for p in ranked],
-                store.optimizer.use_gradient_accumulation,
-            )
-            self._rows_pushed += index.size
-            store.apply(index, grads, rates[i])
+        # Rates and custom computations may raise: all are called before anything changes.
+        *rates, (dense_rate, *_) = self._rates([*self._tables, dense])
+        updates = [self._prepare(i, ranked, rate) for i, rate in enumerate(rates)]
+        for update in updates:
+            update()
         first = np.zeros(1, dtype=np.int64)
         index, grads = self._reduce(
             [first] * len(ranked),
             [p.dense_grad.reshape(1, -1) for p in ranked],
             dense.optimizer.use_gradient_accumulation,
         )
-        dense.apply(index, grads, rates[-1])
+        dense.apply(index, grads, dense_rate)
         if ranked[0].state is not None:
             self._state = ranked[0].state.copy()
 
-    def _rates(self, stores: list[RowStore]) -> list[float]:
-        """The rate of each; a callable is called once a step, however many share it."""
+    def _prepare(self, i: int, ranked: list[Push], rates: list[float]) -> Callable[[], None]:
+        """What is left to do for a table when everything that may fail is done."""
+        store = self._tables[i]
+        index, grads = self._reduce(
+            [p.local_rows[i] for p in ranked],
+            [p.grads[i] for p in ranked],
+            store.optimizer.use_gradient_accumulation,
+        )
+        rate, *hyperparameters = rates
+        try:
+            update = store.prepare(index, grads, rate, hyperparameters)
+        except ConfigError as e:
+            name = self.spec.embedding.tables[i].name
+            raise ConfigError(
+                f"shard {self.spec.shard_id}: table '{name}', step {self.version}: {e}"
+            ) from e
+        self._rows_pushed += index.size
+        return update
+
+    def _rates(self, stores: list[RowStore]) -> list[list[float]]:
+        """The rates of each; a callable is called once a step, however many share it."""
         known: list[tuple[Rate, float]] = []
-        rates = []
-        for rate in (store.optimizer.learning_rate for store in stores):
-            value = next((value for seen, value in known if seen == rate), None)
-            if value is None:
-                value = evaluate_rate(rate, self.version)
-                known.append((rate, value))
-            rates.append(value)
-        return rates
+
+        def value_of(rate: Rate) -> float:
+            for seen, value in known:
+                if seen == rate:
+                    return value
+            known.append((rate, evaluate_rate(rate, self.version)))
+            return known[-1][1]
+
+        return [[value_of(rate) for rate in store.optimizer.rates] for store in stores]
 
     def _reduce(self, indices: list[I64], grads: list[F32], accumulate: bool) -> tuple[I64, F32]:
         """One gradient per row (or per contribution), summed in worker-rank order."""

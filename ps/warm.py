@@ -9,6 +9,7 @@ import itertools
 
 import numpy as np
 
+from ps.custom_optimizer import CustomOptimizer
 from ps.kernels.combine import add_rows
 from ps.kernels.dedup import distinct_ids, first_out_of_range
 from ps.rowstore import RowStore
@@ -19,6 +20,7 @@ def warm_up(spec: ShardSpec) -> None:
     """Run the kernels of this shard once, on one row."""
     tables = spec.embedding.tables
     optimizers = {type(o): o for o in (spec.dense_optimizer, *(t.optimizer for t in tables))}
+    optimizers.pop(CustomOptimizer, None)  # has no kernel
     for index_writeable, grads_writeable in itertools.product((False, True), repeat=2):
         index = np.zeros(1, dtype=np.int64)
         grads = np.zeros((1, 1), dtype=np.float32)

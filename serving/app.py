@@ -18,7 +18,7 @@ from starlette.exceptions import HTTPException
 from starlette.requests import ClientDisconnect
 
 from ps.errors import InputError
-from ps.ragged import I64, Ragged
+from ps.inputs import Bags, Dense
 from serving import problems, schema
 from serving.json_body import parse_request, render_response
 from serving.limits import Limits
@@ -33,7 +33,7 @@ LARGE_AT_A_TIME = 2
 """Large requests in work at one time; others wait."""
 T = TypeVar("T")
 _log = logging.getLogger(__name__)
-_Inputs = dict[str, I64 | Ragged]
+_Inputs = dict[str, Dense | Bags]
 
 
 class _App(FastAPI):

@@ -14,6 +14,7 @@ import numpy as np
 import orjson
 
 from ps.errors import InputError
+from ps.inputs import Bags, Dense
 from ps.ragged import F32, I64, Ragged
 from serving.problems import INVALID_INPUT, MALFORMED_JSON, TOO_LARGE, ProblemError
 
@@ -25,7 +26,7 @@ _SPARE_VALUES = 65_536
 """JSON values, and objects, that a request may hold besides its ids, bags and weights."""
 
 
-def parse_request(body: bytes, max_ids: int) -> dict[str, I64 | Ragged]:
+def parse_request(body: bytes, max_ids: int) -> dict[str, Dense | Bags]:
     """The inputs of a lookup request.
 
     Args:
@@ -78,19 +79,19 @@ class _Reader:
         self._max_ids = max_ids
         self._left = max_ids
 
-    def read(self, name: str, value: object, weights: object) -> I64 | Ragged:
+    def read(self, name: str, value: object, weights: object) -> Dense | Bags:
         """One feature's ids."""
         if isinstance(value, dict):
             if weights is not None:
                 raise _invalid(name, f"weights.{name}", "weights of columns belong beside `values`")
-            return self._columns(name, value)
+            return Bags(self._columns(name, value))
         if not isinstance(value, list):
             raise _invalid(
                 name, f"inputs.{name}", f"must be a list or an object, got {_show(value)}"
             )
         kinds = set(map(type, value))
         if kinds == {list}:
-            return self._bags(name, value, weights)
+            return Bags(self._bags(name, value, weights))
         if list in kinds:
             _refuse_mixture(name, value)
         if weights is not None:
@@ -98,7 +99,7 @@ class _Reader:
                 name, f"weights.{name}", f"Weight specified for {name}, but input is dense"
             )
         self._count(len(value), name)
-        return _ids(value, name, lambda i: f"inputs.{name}[{i}]")
+        return Dense(_ids(value, name, lambda i: f"inputs.{name}[{i}]"))
 
     def _bags(self, name: str, rows: list[list[Any]], weights: object) -> Ragged:
         splits = _splits(rows)

@@ -14,8 +14,9 @@ import numpy as np
 
 from ps.errors import InputError
 from ps.export import Export
-from ps.lookup import is_sequence, lookup_dense, lookup_ragged, lookup_shape
-from ps.ragged import F32, I64, Ragged
+from ps.inputs import Bags, Dense, Input
+from ps.lookup import is_sequence, lookup, lookup_shape
+from ps.ragged import F32, Ragged
 from ps.spec import FeatureSpec
 
 _LONGEST_NAME = 200
@@ -32,15 +33,15 @@ class LookupService:
         self.export = export
         self._warm_up()
 
-    def lookup(self, inputs: Mapping[str, I64 | Ragged]) -> dict[str, F32]:
-        """Activations of the given features, in their order; see `ps.lookup` for the rules.
+    def lookup(self, inputs: Mapping[str, Input | Bags]) -> dict[str, F32]:
+        """Activations of the given features, in their order.
 
         Args:
-            inputs: by feature name: int64 ids of any shape (one row each), or bags. Any subset of
-                the features will do.
+            inputs: by feature name; each form of input has its own rules, see `ps.lookup.lookup`.
+                HTTP sends `Dense` and `Bags`. Any subset of the features will do.
 
         Returns:
-            float32 arrays: shape of ids + [D]; for bags [B, D], for a sequence feature [B, L, D].
+            float32 arrays, of the shapes that `ps.lookup.lookup` says.
 
         Raises:
             UnknownFeatureError: there is no such feature.
@@ -48,11 +49,12 @@ class LookupService:
         """
         return {name: self._lookup_one(self.feature(name), ids) for name, ids in inputs.items()}
 
-    def num_values(self, inputs: Mapping[str, I64 | Ragged]) -> int:
+    def num_values(self, inputs: Mapping[str, Input | Bags]) -> int:
         """How many float32 numbers `lookup` would return.
 
         Raises:
             UnknownFeatureError: there is no such feature.
+            InputError: a `Ragged` that does not fit its feature's `output_shape`.
         """
         return sum(
             math.prod(lookup_shape(feature, self.dim(feature), ids))
@@ -74,11 +76,9 @@ class LookupService:
         """Length D of the feature's rows."""
         return self.export.tables[feature.table].dim
 
-    def _lookup_one(self, feature: FeatureSpec, ids: I64 | Ragged) -> F32:
+    def _lookup_one(self, feature: FeatureSpec, ids: Input | Bags) -> F32:
         table = self.export.tables[feature.table]
-        if isinstance(ids, Ragged):
-            return lookup_ragged(feature, table.name, table.combiner, table.rows_VD, ids)
-        return lookup_dense(feature, table.name, table.rows_VD, ids)
+        return lookup(feature, table.name, table.combiner, table.rows_VD, ids)
 
     def _warm_up(self) -> None:
         """Compile or load every kernel, so that the first request does not wait for it."""
@@ -88,14 +88,14 @@ class LookupService:
         for table in list(self.export.tables.values())[:1]:
             combined = FeatureSpec(name="", table=table.name)
             sequence = FeatureSpec(name="", table=table.name, max_sequence_length=1)
-            self._lookup_one(combined, flat)
+            self._lookup_one(combined, Dense(flat))
             self._lookup_one(combined, bag)
             self._lookup_one(combined, weighted)
             self._lookup_one(sequence, bag)
 
 
 def activation_shape(feature: FeatureSpec, dim: int) -> list[int | None]:
-    """Shape of a feature's answer to bags, None for the number of examples."""
+    """Shape of a feature's answer to `Bags`, None for the number of examples."""
     return [None, feature.max_sequence_length, dim] if is_sequence(feature) else [None, dim]
 
 

@@ -41,7 +41,8 @@ def train_command(
 
     from ps.cluster import ray_cluster
     from workers.config import load_job
-    from workers.job import plan_job, train
+    from workers.job import train
+    from workers.jobplan import plan_job
     from workers.progress import LiveDisplay, MetricsFile, PlainLines
 
     job = load_job(config, overrides or ())

@@ -7,12 +7,13 @@ from dataclasses import dataclass, field, replace
 from pathlib import Path
 from typing import Any, Literal
 
-from ps.config import Combiner, FeatureConfig, TableConfig
+from ps.config import Combiner, CustomCombiner, FeatureConfig, QuantizationConfig, TableConfig
 from ps.errors import ConfigError
 from ps.initializers import Initializer
 from ps.loading import build, load_yaml
 from ps.optimizers import SGD, Optimizer
 from ps.spec import EmbeddingSpec, resolve
+from workers.shapes import check_trainable, uses_weights
 
 Loss = Literal["mse", "bce"]
 
@@ -42,9 +43,10 @@ class TableEntry:
 
     vocabulary_size: int
     dim: int
-    combiner: Combiner = "mean"
+    combiner: Combiner | CustomCombiner = "mean"
     initializer: Initializer | None = None
     optimizer: Optimizer | None = None
+    quantization_config: QuantizationConfig | None = None
 
     def table_config(self, name: str) -> TableConfig:
         """The entry as the table of that name.
@@ -60,6 +62,7 @@ class TableEntry:
                 optimizer=self.optimizer,
                 combiner=self.combiner,
                 name=name,
+                quantization_config=self.quantization_config,
             )
         except ConfigError as e:
             raise ConfigError(f"tables.{name}: {e}") from None
@@ -73,15 +76,30 @@ class FeatureEntry:
     column: str | None = None
     """Integer or list-of-integers column; None is the feature's own name."""
     weights: str | None = None
-    """List column with one weight per id, None for no weights."""
+    """List column with one weight per id, None for no weights. In a sequence they matter to `sum`
+    above all (see `uses_weights`); and serving, as TensorFlow's, takes none for sequences."""
     max_sequence_length: int = 0
     validate_weights_and_indices: bool = True
+    output_shape: int | tuple[int, ...] | None = None
+    """For a worker's batch of B examples: B vectors in all, or a multiple."""
+    tensor_core_shape: tuple[int | None, ...] | None = None
 
-    def __post_init__(self) -> None:
-        if self.max_sequence_length < 0:
-            raise ConfigError(
-                f"`max_sequence_length` must be at least 0, got {self.max_sequence_length}"
+    def feature_config(self, name: str, table: TableConfig) -> FeatureConfig:
+        """The entry as a feature of that table.
+
+        Raises:
+            ConfigError: names the feature and the argument.
+        """
+        try:
+            return FeatureConfig(
+                table,
+                self.max_sequence_length,
+                self.validate_weights_and_indices,
+                self.output_shape,
+                tensor_core_shape=self.tensor_core_shape,
             )
+        except ConfigError as e:
+            raise ConfigError(f"features.{name}: {e}") from None
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -113,6 +131,9 @@ class TrainConfig:
     """[low, high]: predictions are cut to this range in evaluation (ratings have one)."""
     report_every: int = 50
     """Steps between progress reports."""
+    start_from: Path | None = None
+    """Snapshot, or root whose LATEST is followed: rows, slots, dense values and the number of steps
+    that the run starts with. It reads the input from the start, for `epochs` epochs."""
 
     def __post_init__(self) -> None:
         for name in ("epochs", "batch_size", "report_every"):
@@ -167,6 +188,8 @@ class OutputConfig:
     """Export root; every finished run adds a version."""
     metrics: Path | None = None
     """JSON-lines file with one object per progress report and one at the end."""
+    snapshot: Path | None = None
+    """Snapshot root; every finished run adds one, named by its last step."""
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -194,8 +217,11 @@ class JobConfig:
                     f"features.{name}.table: no table '{feature.table}'; "
                     f"known: {', '.join(sorted(self.tables))}"
                 )
-            if feature.weights is not None and feature.max_sequence_length > 0:
-                raise ConfigError(f"features.{name}: a sequence feature takes no weights")
+        for name, entry in self.tables.items():
+            if self.output.export is not None and isinstance(entry.combiner, CustomCombiner):
+                raise ConfigError(
+                    f"output.export: serving cannot run the custom combiner of table '{name}'"
+                )
         unused = set(self.tables) - {f.table for f in self.features.values()}
         if unused:
             raise ConfigError(f"tables.{min(unused)}: no feature uses this table")
@@ -219,31 +245,42 @@ class JobConfig:
 
     def with_absolute_paths(self) -> JobConfig:
         """The same job for actors, whose working folder is not the driver's."""
-        data, output = self.data, self.output
+        data, train, output = self.data, self.train, self.output
         return replace(
             self,
-            data=replace(
-                data,
-                train=data.train.absolute(),
-                test=None if data.test is None else data.test.absolute(),
-            ),
+            data=replace(data, train=data.train.absolute(), test=_absolute(data.test)),
+            train=replace(train, start_from=_absolute(train.start_from)),
             output=replace(
-                output, export=None if output.export is None else output.export.absolute()
+                output, export=_absolute(output.export), snapshot=_absolute(output.snapshot)
             ),
         )
 
     def embedding_spec(self) -> EmbeddingSpec:
-        """Tables and features with every default filled in."""
+        """Tables and features with every default filled in.
+
+        Raises:
+            ConfigError: an option is wrong, or does not go with the batch or another option.
+        """
         tables = {name: entry.table_config(name) for name, entry in self.tables.items()}
-        return resolve(
-            {
-                name: FeatureConfig(
-                    tables[f.table], f.max_sequence_length, f.validate_weights_and_indices
+        features = {
+            name: entry.feature_config(name, tables[entry.table])
+            for name, entry in self.features.items()
+        }
+        spec = resolve(features, self.train.optimizer)
+        check_trainable(spec, self.worker_batch_size)
+        for feature in spec.features:
+            weights = self.features[feature.name].weights
+            table = spec.table(feature.table)
+            if weights and not uses_weights(table, feature, self.worker_batch_size):
+                raise ConfigError(
+                    f"features.{feature.name}.weights: '{weights}' would make no difference with "
+                    "this combiner, `output_shape` or `tensor_core_shape`; leave it out"
                 )
-                for name, f in self.features.items()
-            },
-            self.train.optimizer,
-        )
+        return spec
+
+
+def _absolute(path: Path | None) -> Path | None:
+    return None if path is None else path.absolute()
 
 
 def load_job(path: str | Path, overrides: Sequence[str] = ()) -> JobConfig:

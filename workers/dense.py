@@ -16,9 +16,13 @@ import tensorflow as tf
 
 from ps.errors import ConfigError
 from ps.ragged import F32
+from ps.snapshot import DenseVariable
 from workers.batches import Batch
 from workers.config import Loss, ModelConfig
-from workers.model import ModelInputs, build_model
+from workers.device import DeviceCombine
+from workers.model import ModelInputs, built_model
+from workers.plan import NO_DEVICE_INPUTS, DeviceInputs
+from workers.shapes import DeviceLookup
 
 
 @dataclass(frozen=True, slots=True, eq=False)
@@ -28,7 +32,9 @@ class DenseResult:
     loss: float
     """Mean over the batch."""
     activation_grads: dict[str, F32]
-    """float32, the shape of each activation."""
+    """float32, the shape of each activation that was given."""
+    device_grads: dict[str, F32]
+    """float32, the shape of each table's `DeviceInputs.rows`."""
     dense_grad: F32
     """float32 [P]."""
     state: F32
@@ -39,21 +45,27 @@ class DenseStep:
     """Forward and backward pass of a dense model, compiled by XLA with static shapes.
 
     With a strategy of R replicas (TPU cores, say) a batch of B examples is cut into R parts; the
-    loss is the mean over all B, so gradients do not depend on R.
+    loss is the mean over all B, so gradients do not depend on R. `lookups` names the features that
+    the step combines itself, from `DeviceInputs`.
     """
 
     def __init__(
-        self, config: ModelConfig, inputs: ModelInputs, loss: Loss, strategy: Any = None
+        self,
+        config: ModelConfig,
+        inputs: ModelInputs,
+        loss: Loss,
+        strategy: Any = None,
+        lookups: Sequence[DeviceLookup] = (),
     ) -> None:
+        self._names = tuple(inputs.activations)
+        self._combine = DeviceCombine(lookups)
+        self._combine.check()
         self._distributed = strategy is not None
         self._strategy = strategy or tf.distribute.get_strategy()
         self._replicas = self._strategy.num_replicas_in_sync
         self._loss = loss
         with self._strategy.scope():
-            self._model = build_model(config, inputs)
-            example = {n: tf.zeros((1, *s)) for n, s in inputs.activations.items()}
-            # Keras models make their variables at the first call.
-            self._model(example, tf.zeros((1, inputs.num_dense)), training=False)
+            self._model = built_model(config, inputs)
         self._trainable = list(self._model.trainable_variables)
         # What is not a float, such as the seeds of Keras' Dropout, stays in this worker.
         self._state = [
@@ -73,73 +85,116 @@ class DenseStep:
         """First values: float32 [P] trainable and [S] non-trainable, flat."""
         return _flat(self._trainable), _flat(self._state)
 
-    def variables(self, dense: F32, state: F32) -> dict[str, F32]:
-        """Flat values as named arrays, for an export. Equal names get a number."""
-        named: dict[str, F32] = {}
-        for variables, flat in ((self._trainable, dense), (self._state, state)):
-            for variable, value in zip(variables, _unflat(variables, flat), strict=True):
+    def described(self) -> list[DenseVariable]:
+        """What the flat values are, trainable variables first. Equal names get a number."""
+        described: dict[str, DenseVariable] = {}
+        for variables, trainable in ((self._trainable, True), (self._state, False)):
+            for variable in variables:
                 name = getattr(variable, "path", variable.name).removesuffix(":0")
                 numbered = (f"{name}_{number}" if number else name for number in itertools.count())
-                named[next(n for n in numbered if n not in named)] = value
-        return named
+                name = next(n for n in numbered if n not in described)
+                shape = tuple(int(size) for size in variable.shape)
+                described[name] = DenseVariable(name=name, shape=shape, trainable=trainable)
+        return list(described.values())
+
+    def variables(self, dense: F32, state: F32) -> dict[str, F32]:
+        """Flat values as named arrays, for an export."""
+        values = [*_unflat(self._trainable, dense), *_unflat(self._state, state)]
+        return {v.name: value for v, value in zip(self.described(), values, strict=True)}
 
     def train(
-        self, batch: Batch, activations: Mapping[str, F32], dense: F32, state: F32
+        self,
+        batch: Batch,
+        activations: Mapping[str, F32],
+        dense: F32,
+        state: F32,
+        device: DeviceInputs = NO_DEVICE_INPUTS,
     ) -> DenseResult:
         """Loss and gradients of a batch, at the given flat variable values."""
         self._assign(tf.constant(dense), tf.constant(state))
-        arguments = (dict(activations), batch.dense, batch.labels)
+        rows = _tensors(device.rows)
+        arguments = (dict(activations), device.indices, device.valency, batch.dense, batch.labels)
         if not self._distributed:
-            loss, grads, dense_grad = self._compiled(*_tensors(arguments))
+            loss, grads, row_grads, dense_grad = self._compiled(rows, *_tensors(arguments))
             joined = {name: grad.numpy() for name, grad in grads.items()}
         else:
-            loss, parts, dense_grad = self._run_all(self._split(arguments))
+            loss, parts, row_grads, dense_grad = self._run_all(rows, self._split(arguments))
             joined = {
                 name: np.concatenate([p.numpy() for p in self._local(part)])
                 for name, part in parts.items()
             }
-        new_state = _flat(self._state) if self._state else state
-        return DenseResult(float(loss), joined, dense_grad.numpy(), new_state)
+        return DenseResult(
+            float(loss),
+            joined,
+            {table: grad.numpy() for table, grad in row_grads.items()},
+            dense_grad.numpy(),
+            _flat(self._state) if self._state else state,
+        )
 
-    def predict(self, batch: Batch, activations: Mapping[str, F32], dense: F32, state: F32) -> F32:
+    def predict(
+        self,
+        batch: Batch,
+        activations: Mapping[str, F32],
+        dense: F32,
+        state: F32,
+        device: DeviceInputs = NO_DEVICE_INPUTS,
+    ) -> F32:
         """float32 [B] predictions, at the given flat variable values."""
         self._assign(tf.constant(dense), tf.constant(state))
-        arguments = (dict(activations), batch.dense)
+        rows = _tensors(device.rows)
+        arguments = (dict(activations), device.indices, device.valency, batch.dense)
         if not self._distributed:
-            result: F32 = self._compiled_predict(*_tensors(arguments)).numpy()
+            result: F32 = self._compiled_predict(rows, *_tensors(arguments)).numpy()
             return result
-        parts = self._local(self._predict_all(self._split(arguments)))
+        parts = self._local(self._predict_all(rows, self._split(arguments)))
         return np.concatenate([part.numpy() for part in parts])
 
-    def _forward(self, activations: Mapping[str, Any], dense: Any, training: bool = False) -> Any:
-        return tf.reshape(self._model(activations, dense, training=training), [-1])
+    def _forward(
+        self,
+        rows: Mapping[str, Any],
+        activations: Mapping[str, Any],
+        indices: Mapping[str, Any],
+        valency: Mapping[str, Any],
+        dense: Any,
+        training: bool = False,
+    ) -> Any:
+        found = {**activations, **self._combine(rows, indices, valency)}
+        ordered = {name: found[name] for name in self._names}
+        return tf.reshape(self._model(ordered, dense, training=training), [-1])
 
-    def _forward_backward(self, activations: Mapping[str, Any], dense: Any, labels: Any) -> Any:
+    def _forward_backward(
+        self, rows: Any, activations: Any, indices: Any, valency: Any, dense: Any, labels: Any
+    ) -> Any:
         with tf.GradientTape() as tape:
-            tape.watch(activations)
-            predictions = self._forward(activations, dense, training=True)
+            tape.watch((rows, activations))
+            predictions = self._forward(rows, activations, indices, valency, dense, training=True)
             if self._loss == "mse":
                 losses = tf.square(predictions - labels)
             else:
                 losses = tf.nn.sigmoid_cross_entropy_with_logits(labels, predictions)
             loss = tf.reduce_mean(losses) / self._replicas
-        grads, dense_grads = tape.gradient(
-            loss, (activations, self._trainable), unconnected_gradients="zero"
+        grads, row_grads, dense_grads = tape.gradient(
+            loss, (activations, rows, self._trainable), unconnected_gradients="zero"
         )
+        summed = {table: tf.convert_to_tensor(grad) for table, grad in row_grads.items()}
         flat = [tf.reshape(g, [-1]) for g in dense_grads]
-        return loss, grads, tf.concat(flat, 0) if flat else tf.zeros(0)
+        return loss, grads, summed, tf.concat(flat, 0) if flat else tf.zeros(0)
 
-    def _on_replicas(self, arguments: Any) -> Any:
-        loss, grads, dense_grad = self._strategy.run(self._compiled, args=arguments)
-        total = tf.distribute.ReduceOp.SUM
+    def _on_replicas(self, rows: Any, arguments: Any) -> Any:
+        loss, *grads = self._strategy.run(self._compiled, args=(rows, *arguments))
+        activation_grads, row_grads, dense_grad = grads
         return (
-            self._strategy.reduce(total, loss, axis=None),
-            grads,
-            self._strategy.reduce(total, dense_grad, axis=None),
+            self._total(loss),
+            activation_grads,
+            {table: self._total(grad) for table, grad in row_grads.items()},
+            self._total(dense_grad),
         )
 
-    def _predict_on_replicas(self, arguments: Any) -> Any:
-        return self._strategy.run(self._compiled_predict, args=arguments)
+    def _total(self, value: Any) -> Any:
+        return self._strategy.reduce(tf.distribute.ReduceOp.SUM, value, axis=None)
+
+    def _predict_on_replicas(self, rows: Any, arguments: Any) -> Any:
+        return self._strategy.run(self._compiled_predict, args=(rows, *arguments))
 
     def _split(self, arguments: Any) -> Any:
         """Arrays [B, …] as per-replica tensors [B / R, …]."""
@@ -147,8 +202,8 @@ class DenseStep:
         def cut(array: F32) -> Any:
             if len(array) % self._replicas:
                 raise ConfigError(
-                    f"a worker's batch of {len(array)} examples does not split over "
-                    f"{self._replicas} replicas"
+                    f"a worker's batch of {len(array)} examples (or a first axis of that length) "
+                    f"does not split over {self._replicas} replicas"
                 )
             parts = np.split(array, self._replicas)
             return self._strategy.experimental_distribute_values_from_function(

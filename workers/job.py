@@ -13,32 +13,18 @@ import numpy as np
 import ray
 
 from ps.cluster import actor_options, free_resources, ray_cluster
-from ps.errors import ConfigError, JobError, MantaError
+from ps.errors import JobError, MantaError
 from ps.export import ExportWriter
-from ps.export_file import check_writable
 from ps.group import ShardGroup
 from ps.messages import ShardStats
 from ps.shard import ShardSpec
-from workers.batches import ExampleReader
+from ps.snapshot import DenseValues, Snapshot, SnapshotWriter
+from ps.start import check_dense
 from workers.config import JobConfig
+from workers.jobplan import JobPlan, about, plan_job, start_snapshot
 from workers.metrics import evaluate
 from workers.step import StepReport
 from workers.worker import TrainWorker
-
-
-@dataclass(frozen=True, slots=True, kw_only=True)
-class JobPlan:
-    """What is about to run."""
-
-    job: JobConfig
-    train_rows: int
-    test_rows: int
-    steps_per_epoch: int
-
-    @property
-    def total_steps(self) -> int:
-        """Steps of the whole run."""
-        return self.steps_per_epoch * self.job.train.epochs
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -46,9 +32,11 @@ class Progress:
     """One progress report: what happened since the one before."""
 
     step: int
+    """Steps behind the tables, with those of the snapshot that the run started from."""
     epoch: int
+    """Of this run, from 1."""
     examples: int
-    """Examples since the start."""
+    """Examples since the start of this run."""
     loss: float
     """Mean loss over the steps since the last report."""
     examples_per_s: float
@@ -76,6 +64,8 @@ class TrainResult:
     shards: tuple[ShardStats, ...]
     export: Path | None
     """The version folder that was written."""
+    snapshot: Path | None = None
+    """The snapshot that was written."""
 
 
 class Listener(Protocol):
@@ -92,44 +82,6 @@ class Listener(Protocol):
     def finished(self, result: TrainResult) -> None:
         """All done."""
         ...
-
-
-def plan_job(job: JobConfig) -> JobPlan:
-    """Open the input and count the steps; starts nothing.
-
-    Raises:
-        DataError: the data cannot be read, lacks a column, or is too small for one batch.
-    """
-    reader = ExampleReader(
-        job.data.train, job.data, job.features, num_workers=job.cluster.workers, seed=job.seed
-    )
-    steps = reader.steps_per_epoch(job.worker_batch_size)
-    if steps == 0:
-        raise JobError(
-            f"data set {job.data.train}: {reader.num_rows} rows do not fill one batch of "
-            f"{job.train.batch_size}"
-        )
-    test_rows = 0
-    if job.data.test is not None:
-        test_rows = ExampleReader(job.data.test, job.data, job.features).num_rows
-    _check_export(job)
-    return JobPlan(job=job, train_rows=reader.num_rows, test_rows=test_rows, steps_per_epoch=steps)
-
-
-def _check_export(job: JobConfig) -> None:
-    """Find out now, not after the training, that an export cannot be kept.
-
-    Under `ray job submit --working-dir`, the working folder is a copy that Ray deletes.
-    """
-    export = job.output.export
-    if export is None:
-        return
-    if not export.is_absolute() and "_ray_pkg_" in str(Path.cwd()):
-        raise ConfigError(
-            f"output.export: '{export}' would lie in Ray's copy of the working folder, which goes "
-            "with the job; give an absolute path that all nodes see"
-        )
-    check_writable(export)
 
 
 def train(
@@ -151,7 +103,7 @@ def train(
     plan = plan_job(job)
     for listener in listeners:
         listener.starting(plan)
-    with ray_cluster(address, job.num_cpus), running(job) as run:
+    with ray_cluster(address, job.num_cpus), running(plan.job) as run:
         started = clock()
         run.train(plan, listeners, clock)
         train_s = clock() - started
@@ -162,7 +114,8 @@ def train(
             train_s=train_s,
             metrics=metrics,
             shards=tuple(run.shards.stats()),
-            export=run.export(plan.total_steps),
+            export=run.export(plan.last_step),
+            snapshot=run.snapshot(plan.last_step),
         )
     for listener in listeners:
         listener.finished(result)
@@ -186,6 +139,7 @@ class Run:
 
     def __init__(self, job: JobConfig) -> None:
         self.job = job = job.with_absolute_paths()
+        self._start = start_snapshot(job)
         self.workers: list[Any] = []
         self.shards = ShardGroup(
             ShardSpec(
@@ -202,7 +156,7 @@ class Run:
         )
 
     def start(self) -> None:
-        """Start workers, give the shards their dense slices, and connect both."""
+        """Start workers, give the shards their first state, and connect both."""
         resources = self.job.cluster.worker_resources
         self.workers = [
             ray.remote(TrainWorker)
@@ -214,9 +168,20 @@ class Run:
         self.shards.wait_ready(timeout_s)
         setups = [worker.setup.remote() for worker in self.workers]
         dense, state = self._gather(setups, timeout_s, "set up", asking=resources)[0]
-        layout = self.shards.set_dense(dense, state)
-        connects = [w.connect.remote(self.shards.handles, layout) for w in self.workers]
+        first_step, values = 0, DenseValues(trainable=dense, slots={}, state=state)
+        if self._start is not None:
+            first_step, values = self._start.step, self._restore(self._start, values)
+        layout = self.shards.set_dense(values, first_step)
+        connects = [w.connect.remote(self.shards.handles, layout, first_step) for w in self.workers]
         self._gather(connects, timeout_s, "connected")
+
+    def _restore(self, snapshot: Snapshot, initial: DenseValues) -> DenseValues:
+        """Let the shards load the tables; returns the dense values that the run starts with."""
+        described = self._ask(self.workers[0].described.remote())
+        with about("train.start_from"):
+            check_dense(snapshot, described, self.job.train.dense_optimizer)
+        self.shards.load_tables(snapshot)
+        return initial if snapshot.dense is None else snapshot.dense.values()
 
     def train(
         self,
@@ -249,7 +214,7 @@ class Run:
             return {}
         batches = plan.test_rows // self.job.train.batch_size + 2  # a worker's share, rounded up
         parts = self._gather(
-            [worker.evaluate.remote(plan.total_steps) for worker in self.workers],
+            [worker.evaluate.remote(plan.last_step) for worker in self.workers],
             batches * self.job.cluster.step_timeout_s,
             "evaluated",
         )
@@ -265,12 +230,33 @@ class Run:
         dense, _, state = self.shards.read_dense(step)
         with ExportWriter(root, self.shards.embedding, step=step, job=self.job.name) as writer:
             self.shards.write_tables(writer, step)
-            named = ray.get(
-                self.workers[0].variables.remote(dense, state),
-                timeout=self.job.cluster.step_timeout_s,
-            )
-            writer.add_dense(named, {"name": self.job.model.build, "params": self.job.model.params})
+            named = self._ask(self.workers[0].variables.remote(dense, state))
+            writer.add_dense(named, self._model())
             return writer.commit()
+
+    def snapshot(self, step: int) -> Path | None:
+        """Write everything that the shards hold as a snapshot."""
+        root = self.job.output.snapshot
+        if root is None:
+            return None
+        dense, slots, state = self.shards.read_dense(step)
+        with SnapshotWriter(
+            root, self.shards.embedding, step=step, seed=self.job.seed, job=self.job.name
+        ) as writer:
+            self.shards.write_tables(writer, step)
+            writer.add_dense(
+                self._ask(self.workers[0].described.remote()),
+                DenseValues(trainable=dense, slots=slots, state=state),
+                model=self._model(),
+                optimizer=self.job.train.dense_optimizer,
+            )
+            return writer.commit()
+
+    def _model(self) -> Any:
+        return self._ask(self.workers[0].model.remote())
+
+    def _ask(self, ref: Any) -> Any:
+        return ray.get(ref, timeout=self.job.cluster.step_timeout_s)
 
     def stop(self) -> None:
         """Kill all actors."""
@@ -342,7 +328,7 @@ def _progress(
     steps = sum(r.steps for r in reports)
     total_s = sum(r.total_s for r in reports)
     return Progress(
-        step=done,
+        step=plan.first_step + done,
         epoch=(done - 1) // plan.steps_per_epoch + 1,
         examples=done * plan.job.train.batch_size,
         loss=sum(r.loss for r in reports) / steps,

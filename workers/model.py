@@ -13,14 +13,16 @@ import importlib
 import inspect
 import itertools
 from collections.abc import Callable, Mapping, Sequence
-from dataclasses import dataclass
+from dataclasses import asdict, dataclass, field
 from typing import Any
 
 import numpy as np
 import tensorflow as tf
 
 from ps.errors import ConfigError
-from workers.config import ModelConfig
+from ps.spec import EmbeddingSpec
+from workers.config import JobConfig, ModelConfig
+from workers.shapes import activation_shape
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -28,11 +30,34 @@ class ModelInputs:
     """What a build function may know of its inputs."""
 
     activations: Mapping[str, tuple[int, ...]]
-    """Shape of each feature's activation without the batch: (D,), or (L, D) for sequences."""
+    """Shape of each feature's activation without its first axis, the batch: (D,), or (L, D) for
+    sequences."""
     num_dense: int
     """Number of dense columns; `dense` is float32 [B, num_dense]."""
     seed: int
     """For initial values; those of worker 0's model count."""
+    first_axes: Mapping[str, int] = field(default_factory=dict)
+    """First axis of the activations, where it is not `batch_size` (`output_shape` may say so)."""
+    batch_size: int = 1
+    """Examples in a worker's batch."""
+
+
+def job_inputs(job: JobConfig) -> ModelInputs:
+    """The inputs of a job's model, on each worker."""
+    spec, batch_size = job.embedding_spec(), job.worker_batch_size
+    return model_inputs(spec, batch_size, num_dense=len(job.data.dense), seed=job.seed)
+
+
+def model_inputs(spec: EmbeddingSpec, batch_size: int, *, num_dense: int, seed: int) -> ModelInputs:
+    """The inputs of a job's model, for batches of this many examples on each worker."""
+    shapes = {f.name: activation_shape(spec, f, batch_size) for f in spec.features}
+    return ModelInputs(
+        activations={name: shape[1:] for name, shape in shapes.items()},
+        num_dense=num_dense,
+        seed=seed,
+        first_axes={name: n for name, (n, *_) in shapes.items() if n != batch_size},
+        batch_size=batch_size,
+    )
 
 
 Model = Any
@@ -53,19 +78,79 @@ def build_model(config: ModelConfig, inputs: ModelInputs) -> Model:
     return function(inputs, **config.params)
 
 
+def built_model(config: ModelConfig, inputs: ModelInputs) -> Model:
+    """Build the model and call it once: Keras models make their variables at the first call."""
+    model = build_model(config, inputs)
+    example = {
+        name: tf.zeros((inputs.first_axes.get(name, inputs.batch_size), *shape))
+        for name, shape in inputs.activations.items()
+    }
+    model(example, tf.zeros((inputs.batch_size, inputs.num_dense)), training=False)
+    return model
+
+
+def describe_model(job: JobConfig) -> dict[str, Any]:
+    """What exports and snapshots say of a job's model, as JSON: `rebuild_model` needs no more."""
+    inputs = job_inputs(job)
+    return {
+        "name": job.model.build,
+        "params": job.model.params,
+        "loss": job.train.loss,
+        "dense": list(job.data.dense),
+        "inputs": asdict(inputs),
+    }
+
+
+def rebuild_model(described: Mapping[str, Any], trusted: str | None = None) -> Model:
+    """The model that an export or a snapshot describes, with first values.
+
+    Args:
+        described: from `describe_model`.
+        trusted: a build function `package.module:function` that may be run if it is the one
+            described; two_tower and dlrm always may.
+
+    Raises:
+        ConfigError: it does not say enough, or names a function that is not trusted.
+    """
+    name = described.get("name")
+    if name not in MODELS and name != trusted:
+        raise ConfigError(
+            f"the dense model is made by {name!r}, which only runs if you name it: --model {name}"
+        )
+    try:
+        inputs = dict(described["inputs"])
+        inputs["activations"] = {n: tuple(shape) for n, shape in inputs["activations"].items()}
+        config = ModelConfig(build=described["name"], params=described["params"])
+        wanted = ModelInputs(**inputs)
+    except (KeyError, TypeError, AttributeError) as e:
+        raise ConfigError(
+            f"the dense model is described by {sorted(described)}, not enough to build it: {e}"
+        ) from e
+    return built_model(config, wanted)
+
+
 def _find(name: str) -> Callable[..., Model]:
     if name in MODELS:
         return MODELS[name]
-    module_name, colon, attribute = name.partition(":")
-    if not colon:
+    if ":" not in name:
         raise ConfigError(
             f"model.build: no model '{name}'; known: {', '.join(sorted(MODELS))}, "
             "or package.module:function"
         )
+    return find_function(name, "model.build")
+
+
+def find_function(name: str, key: str) -> Callable[..., Any]:
+    """The function `package.module:function`; `key` is what names it in the configuration.
+
+    Raises:
+        ConfigError: no such module or function.
+    """
+    module_name, _, attribute = name.partition(":")
     try:
-        found: Callable[..., Model] = getattr(importlib.import_module(module_name), attribute)
-    except (ImportError, AttributeError) as e:
-        raise ConfigError(f"model.build {name}: {e}") from None
+        found: Callable[..., Any] = getattr(importlib.import_module(module_name), attribute)
+    except (ImportError, AttributeError, ValueError) as e:
+        raise ConfigError(f"{key} {name}: {e}") from None
     return found
 
 

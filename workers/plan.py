@@ -2,46 +2,60 @@
 
 The host side of a training step, without TensorFlow, Ray or a shard: `plan_batch` says which rows
 a batch needs, `activations` combines the pulled rows, `row_gradients` turns the gradients of the
-activations into one gradient per distinct row. Training follows TensorFlow's training classes: ids
-are all checked, none is dropped, and weights are used as they are.
+activations into one gradient per distinct row. For features that the compiled step combines,
+`device_inputs` ships rows and padded indices instead. Training follows TensorFlow's training
+classes: ids are all checked, none is dropped, and weights are used as they are.
 """
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 
 import numpy as np
+import numpy.typing as npt
 
-from ps.errors import ConfigError, IdRangeError
-from ps.kernels.combine import (
-    COMBINER_CODES,
-    combine_gradients,
-    combine_rows,
-    entry_gradients,
-    scatter_sequences,
-    sequence_gradients,
-)
+from ps.config import CustomCombiner, QuantizationConfig
+from ps.errors import IdRangeError
+from ps.kernels.combine import COMBINER_CODES, combine_gradients, combine_rows, entry_gradients
 from ps.kernels.dedup import first_out_of_range
 from ps.partition import DistinctRows, Layout, distinct_rows
 from ps.ragged import F32, I64, Ragged
 from ps.spec import EmbeddingSpec, FeatureSpec, TableSpec
+from workers.shapes import activation_shape, lookup_width, num_positions, uses_weights
+
+I32 = npt.NDArray[np.int32]
 
 _NO_WEIGHTS = np.zeros(0, dtype=np.float32)
 
 
 @dataclass(frozen=True, slots=True, eq=False)
 class FeaturePlan:
-    """Where the entries of one feature find their rows."""
+    """Where the entries of a feature find their rows; the feature is combined here."""
 
     spec: FeatureSpec
     combiner: int
     index: I64
     """int64 [N]: place among the table's distinct rows."""
     row_splits: I64
-    """int64 [B + 1]."""
+    """int64 [P + 1]: the entries of each vector. P is B, or B times the positions of an example,
+    each of which is a bag of one entry or none."""
     weights: F32
     """float32 [N], or empty for all ones."""
+
+
+@dataclass(frozen=True, slots=True, eq=False)
+class DevicePlan:
+    """Where the compiled step finds the rows of the features of one table that it combines."""
+
+    places: I64
+    """int64 [K]: the rows that it gets, by place among the table's distinct rows."""
+    num_rows: int
+    """Rows that it is given: K and padding, the same number in every batch."""
+    indices: dict[str, I32]
+    """int32 [B, W] per feature, into those rows; 0 behind the end of an example."""
+    valency: dict[str, I32]
+    """int32 [B] per feature: ids of each example that count."""
 
 
 @dataclass(frozen=True, slots=True, eq=False)
@@ -50,7 +64,26 @@ class BatchPlan:
 
     distinct: dict[str, DistinctRows]
     features: tuple[FeaturePlan, ...]
+    device: dict[str, DevicePlan]
+    """By table."""
     num_examples: int
+    num_ids: int
+    """Ids that are looked up."""
+
+
+@dataclass(frozen=True, slots=True, eq=False)
+class DeviceInputs:
+    """What the compiled step combines itself."""
+
+    rows: dict[str, F32]
+    """float32 [number of rows, D] per table."""
+    indices: dict[str, I32]
+    """int32 [B, W] per feature."""
+    valency: dict[str, I32]
+    """int32 [B] per feature."""
+
+
+NO_DEVICE_INPUTS = DeviceInputs({}, {}, {})
 
 
 def plan_batch(spec: EmbeddingSpec, layout: Layout, bags: Mapping[str, Ragged]) -> BatchPlan:
@@ -60,60 +93,64 @@ def plan_batch(spec: EmbeddingSpec, layout: Layout, bags: Mapping[str, Ragged]) 
         IdRangeError: an id outside its table; names feature, id and range.
     """
     distinct: dict[str, DistinctRows] = {}
-    plans: dict[str, FeaturePlan] = {}
+    host: dict[str, FeaturePlan] = {}
+    device: dict[str, DevicePlan] = {}
+    batch, num_ids = next(iter(bags.values())).num_examples, 0
     for table in spec.tables:
         features = spec.features_of(table.name)
-        used = [_checked(feature, table, bags[feature.name]) for feature in features]
+        used = [_used(table, feature, bags[feature.name]) for feature in features]
         ids = np.concatenate([bag.ids for bag in used])
         distinct[table.name], index = distinct_rows(ids, layout.placements[table.name])
-        bounds = np.cumsum([0, *(bag.ids.size for bag in used)])
-        for feature, bag, start, stop in zip(features, used, bounds[:-1], bounds[1:], strict=True):
-            plans[feature.name] = FeaturePlan(
-                feature,
-                COMBINER_CODES[table.combiner],
-                index[start:stop],
-                bag.row_splits,
-                _NO_WEIGHTS if bag.weights is None else bag.weights,
-            )
-    num_examples = next(iter(bags.values())).num_examples
-    return BatchPlan(distinct, tuple(plans[f.name] for f in spec.features), num_examples)
+        parts = np.split(index, np.cumsum([bag.ids.size for bag in used])[:-1])
+        num_ids += ids.size
+        on_device = []
+        for feature, bag, part in zip(features, used, parts, strict=True):
+            width = lookup_width(table, feature, batch)
+            if width is None:
+                host[feature.name] = _host_plan(table, feature, bag, part)
+            else:
+                on_device.append((feature.name, width, bag, part))
+        if on_device:
+            device[table.name] = _device_plan(table, on_device)
+    ordered = tuple(host[f.name] for f in spec.features if f.name in host)
+    return BatchPlan(distinct, ordered, device, batch, num_ids)
+
+
+def quantized(spec: EmbeddingSpec, rows: Mapping[str, F32]) -> dict[str, F32]:
+    """The pulled rows as the features see them: with simulated quantization where it is set."""
+    return {t.name: _quantized(t.quantization_config, rows[t.name]) for t in spec.tables}
 
 
 def activations(spec: EmbeddingSpec, plan: BatchPlan, rows: Mapping[str, F32]) -> dict[str, F32]:
-    """float32 [B, D] per feature, [B, L, D] for sequences, from the distinct rows [U, D]."""
+    """float32, `activation_shape` per feature combined here, from the distinct rows [U, D]."""
     out = {}
     for f in plan.features:
         table = rows[f.spec.table]
-        out[f.spec.name] = result = np.empty(
-            activation_shape(spec, f.spec, plan.num_examples), dtype=np.float32
-        )
-        if f.spec.max_sequence_length > 0:
-            scatter_sequences(table, f.index, f.row_splits, result)
-        else:
-            combine_rows(table, f.index, f.row_splits, f.weights, f.combiner, result)
+        result = np.empty((f.row_splits.size - 1, table.shape[1]), dtype=np.float32)
+        combine_rows(table, f.index, f.row_splits, f.weights, f.combiner, result)
+        out[f.spec.name] = result.reshape(activation_shape(spec, f.spec, plan.num_examples))
     return out
 
 
-def activation_shape(spec: EmbeddingSpec, feature: FeatureSpec, batch: int) -> tuple[int, ...]:
-    """[B, D], or [B, L, D] for a sequence feature.
-
-    Raises:
-        ConfigError: the feature has an `output_shape`, which training does not do yet.
-    """
-    if feature.output_shape is not None:
-        raise ConfigError(
-            f"feature '{feature.name}': `output_shape` is not implemented in training"
-        )
-    dim = spec.table(feature.table).dim
-    if feature.max_sequence_length > 0:
-        return (batch, feature.max_sequence_length, dim)
-    return (batch, dim)
+def device_inputs(plan: BatchPlan, rows: Mapping[str, F32]) -> DeviceInputs:
+    """What the compiled step needs for the other features, from the distinct rows [U, D]."""
+    shipped = {}
+    for name, device in plan.device.items():
+        dim = rows[name].shape[1]
+        shipped[name] = np.zeros((device.num_rows, dim), dtype=np.float32)
+        shipped[name][: device.places.size] = rows[name][device.places]
+    indices = {f: ids for device in plan.device.values() for f, ids in device.indices.items()}
+    valency = {f: n for device in plan.device.values() for f, n in device.valency.items()}
+    return DeviceInputs(shipped, indices, valency)
 
 
 def row_gradients(
-    spec: EmbeddingSpec, plan: BatchPlan, grads: Mapping[str, F32]
+    spec: EmbeddingSpec,
+    plan: BatchPlan,
+    grads: Mapping[str, F32],
+    device_grads: Mapping[str, F32],
 ) -> tuple[dict[str, DistinctRows], dict[str, F32]]:
-    """Gradients of rows from gradients of activations.
+    """Gradients of rows from gradients of activations, and of the rows that the device was given.
 
     Returns:
         Per table the rows a push names and float32 [U, D], one summed gradient per distinct row;
@@ -122,52 +159,88 @@ def row_gradients(
     rows, out = {}, {}
     for table in spec.tables:
         plans = [f for f in plan.features if f.spec.table == table.name]
-        if table.optimizer.use_gradient_accumulation:
-            rows[table.name] = plan.distinct[table.name]
-            out[table.name] = _summed(table, plan, plans, grads)
-        else:
+        if not table.optimizer.use_gradient_accumulation:
             rows[table.name], out[table.name] = _contributions(table, plan, plans, grads)
+            continue
+        rows[table.name] = plan.distinct[table.name]
+        out[table.name] = _summed(table, plan, plans, grads)
+        device = plan.device.get(table.name)
+        if device is not None:
+            out[table.name][device.places] += device_grads[table.name][: device.places.size]
     return rows, out
 
 
-def _checked(feature: FeatureSpec, table: TableSpec, bag: Ragged) -> Ragged:
+def _used(table: TableSpec, feature: FeatureSpec, bag: Ragged) -> Ragged:
+    """The ids and weights that count, after a check of all ids."""
     bad = first_out_of_range(bag.ids, table.vocabulary_size)
     if bad >= 0:
         raise IdRangeError(feature.name, table.name, int(bag.ids[bad]), table.vocabulary_size)
-    length = feature.max_sequence_length
-    if length == 0 or bag.num_examples == 0 or np.diff(bag.row_splits).max() <= length:
-        return bag
-    counts = np.minimum(np.diff(bag.row_splits), length)
-    splits = np.concatenate([[0], np.cumsum(counts)])
-    return Ragged(bag.ids[bag.positions < length], splits)
+    batch = bag.num_examples
+    weights = bag.weights if uses_weights(table, feature, batch) else None
+    length = lookup_width(table, feature, batch) or num_positions(feature, batch)
+    counts = np.diff(bag.row_splits)
+    if length == 0 or counts.max(initial=0) <= length:
+        return bag if weights is bag.weights else Ragged(bag.ids, bag.row_splits)
+    kept = bag.positions < length
+    splits = np.concatenate([[0], np.cumsum(np.minimum(counts, length))])
+    return Ragged(bag.ids[kept], splits, None if weights is None else weights[kept])
+
+
+def _host_plan(table: TableSpec, feature: FeatureSpec, bag: Ragged, index: I64) -> FeaturePlan:
+    positions = num_positions(feature, bag.num_examples)
+    splits = bag.row_splits
+    if positions:
+        filled = np.arange(positions) < np.diff(splits)[:, None]
+        splits = np.concatenate([[0], np.cumsum(filled)])
+    # A custom combiner combines bags, on the device; positions of one id are rows as they are.
+    code = "sum" if isinstance(table.combiner, CustomCombiner) else table.combiner
+    weights = _NO_WEIGHTS if bag.weights is None else bag.weights
+    return FeaturePlan(feature, COMBINER_CODES[code], index, splits, weights)
+
+
+def _device_plan(table: TableSpec, features: Sequence[tuple[str, int, Ragged, I64]]) -> DevicePlan:
+    """Features as (name, W, bag, place of each id among the table's distinct rows)."""
+    places = np.unique(np.concatenate([index for *_, index in features]))
+    indices, valency, most = {}, {}, 0
+    for name, width, bag, index in features:
+        counts = np.diff(bag.row_splits)
+        example = np.repeat(np.arange(bag.num_examples), counts)
+        indices[name] = np.zeros((bag.num_examples, width), dtype=np.int32)
+        indices[name][example, bag.positions] = np.searchsorted(places, index)
+        valency[name] = counts.astype(np.int32)
+        most += bag.num_examples * width
+    return DevicePlan(places, min(most, table.vocabulary_size), indices, valency)
+
+
+def _quantized(config: QuantizationConfig | None, rows_UD: F32) -> F32:
+    if config is None:
+        return rows_UD
+    low, high = np.float32(config.lower), np.float32(config.upper)
+    quantum = (high - low) / np.float32(config.num_buckets - 1)
+    bucket = np.floor((np.clip(rows_UD, low, high) - low) / quantum + np.float32(0.5))
+    result: F32 = bucket * quantum + low
+    return result
 
 
 def _summed(
-    table: TableSpec, plan: BatchPlan, plans: list[FeaturePlan], grads: Mapping[str, F32]
+    table: TableSpec, plan: BatchPlan, plans: Sequence[FeaturePlan], grads: Mapping[str, F32]
 ) -> F32:
     out = np.zeros((plan.distinct[table.name].ids.size, table.dim), dtype=np.float32)
     for f in plans:
-        if f.spec.max_sequence_length > 0:
-            sequence_gradients(grads[f.spec.name], f.index, f.row_splits, out)
-        else:
-            combine_gradients(grads[f.spec.name], f.index, f.row_splits, f.weights, f.combiner, out)
+        upstream = grads[f.spec.name].reshape(-1, table.dim)
+        combine_gradients(upstream, f.index, f.row_splits, f.weights, f.combiner, out)
     return out
 
 
 def _contributions(
-    table: TableSpec, plan: BatchPlan, plans: list[FeaturePlan], grads: Mapping[str, F32]
+    table: TableSpec, plan: BatchPlan, plans: Sequence[FeaturePlan], grads: Mapping[str, F32]
 ) -> tuple[DistinctRows, F32]:
     """Every entry's own gradient, entries ordered by shard (and in batch order within one)."""
     parts = []
     for f in plans:
-        part = np.empty((f.index.size, table.dim), dtype=np.float32)
-        upstream = grads[f.spec.name]
-        if f.spec.max_sequence_length > 0:
-            example = np.repeat(np.arange(plan.num_examples), np.diff(f.row_splits))
-            part[:] = upstream[example, Ragged(f.index, f.row_splits).positions]
-        else:
-            entry_gradients(upstream, f.row_splits, f.weights, f.combiner, part)
-        parts.append(part)
+        parts.append(np.empty((f.index.size, table.dim), dtype=np.float32))
+        upstream = grads[f.spec.name].reshape(-1, table.dim)
+        entry_gradients(upstream, f.row_splits, f.weights, f.combiner, parts[-1])
     distinct = plan.distinct[table.name]
     index = np.concatenate([f.index for f in plans])
     shard = np.searchsorted(distinct.shard_splits, index, side="right") - 1

@@ -14,7 +14,8 @@ from rich.progress import Progress as Bar
 from rich.table import Table
 
 from ps.errors import JobError
-from workers.job import JobPlan, Progress, TrainResult
+from workers.job import Progress, TrainResult
+from workers.jobplan import JobPlan
 
 
 class LiveDisplay:
@@ -37,7 +38,9 @@ class LiveDisplay:
         """See `Listener`."""
         self._console.print(_plan_line(plan))
         self._bar.start()
-        self._task = self._bar.add_task("starting", total=plan.total_steps, figures="")
+        self._task = self._bar.add_task(
+            "starting", total=plan.last_step, completed=plan.first_step, figures=""
+        )
 
     def progress(self, progress: Progress) -> None:
         """See `Listener`."""
@@ -140,6 +143,7 @@ class MetricsFile:
             train_s=result.train_s,
             metrics=result.metrics,
             export=None if result.export is None else str(result.export),
+            snapshot=None if result.snapshot is None else str(result.snapshot),
         )
 
     def _write(self, event: str, **fields: Any) -> None:
@@ -179,6 +183,8 @@ def _result_rows(result: TrainResult) -> list[tuple[str, str]]:
     lines += [(f"test {name}", f"{value:.4f}") for name, value in result.metrics.items()]
     if result.export is not None:
         lines.append(("export", str(result.export)))
+    if result.snapshot is not None:
+        lines.append(("snapshot", str(result.snapshot)))
     return lines
 
 

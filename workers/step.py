@@ -9,7 +9,7 @@ from __future__ import annotations
 
 import time
 from collections import deque
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Mapping
 from dataclasses import dataclass
 from typing import TYPE_CHECKING
 
@@ -19,7 +19,15 @@ from ps.client import PendingPull, ShardClient
 from ps.ragged import F32
 from ps.spec import EmbeddingSpec
 from workers.batches import Batch, ExampleReader
-from workers.plan import BatchPlan, activations, plan_batch, row_gradients
+from workers.plan import (
+    BatchPlan,
+    DeviceInputs,
+    activations,
+    device_inputs,
+    plan_batch,
+    quantized,
+    row_gradients,
+)
 
 if TYPE_CHECKING:  # imports TensorFlow, which only a worker's own process needs
     from workers.dense import DenseStep
@@ -66,8 +74,10 @@ class StepLoop:
         lookahead: int,
         worker: int,
         timeout_s: float,
+        first_step: int = 0,
         clock: Callable[[], float] = time.perf_counter,
     ) -> None:
+        """Start at `first_step`, which is the version that the shards are at."""
         self._spec = spec
         self._client = client
         self._dense = dense
@@ -77,9 +87,9 @@ class StepLoop:
         self._timeout_s = timeout_s
         self._clock = clock
         self._batches = self._all_epochs(train, epochs)
-        self._next_pull = 0
+        self._first_step = self._next_pull = first_step
         self._ahead: deque[_Pulling] = deque()
-        self.step = 0
+        self.step = first_step
         """The next step to run."""
 
     def run(self, num_steps: int) -> StepReport:
@@ -92,16 +102,18 @@ class StepLoop:
             t0 = self._clock()
             pulled = current.pending.result(self._timeout_s)
             t1 = self._clock()
-            features = activations(self._spec, current.plan, pulled.rows)
+            found, device = self._inputs(current.plan, pulled.rows)
             t2 = self._clock()
-            result = self._dense.train(current.batch, features, pulled.dense, pulled.state)
+            result = self._dense.train(current.batch, found, pulled.dense, pulled.state, device)
             t3 = self._clock()
-            pushed, grads = row_gradients(self._spec, current.plan, result.activation_grads)
+            pushed, grads = row_gradients(
+                self._spec, current.plan, result.activation_grads, result.device_grads
+            )
             state = result.state if self._worker == 0 else None
             self._client.push(self.step, pushed, grads, result.dense_grad, state)
             losses += result.loss
             rows += sum(len(r) for r in pulled.rows.values())
-            ids += sum(f.index.size for f in current.plan.features)
+            ids += current.plan.num_ids
             staleness = max(staleness, self.step - pulled.version)
             wait_s += t1 - t0
             dense_s += t3 - t2
@@ -129,12 +141,19 @@ class StepLoop:
         for batch in test.in_order(self._batch_size):
             plan = plan_batch(self._spec, self._client.layout, batch.bags)
             pulled = self._client.pull(version, version, plan.distinct).result(self._timeout_s)
-            features = activations(self._spec, plan, pulled.rows)
-            result = self._dense.predict(batch, features, pulled.dense, pulled.state)
+            found, device = self._inputs(plan, pulled.rows)
+            result = self._dense.predict(batch, found, pulled.dense, pulled.state, device)
             real = batch.example_weights > 0
             labels.append(batch.labels[real])
             predictions.append(result[real])
         return np.concatenate(labels), np.concatenate(predictions)
+
+    def _inputs(
+        self, plan: BatchPlan, rows: Mapping[str, F32]
+    ) -> tuple[dict[str, F32], DeviceInputs]:
+        """What the dense step gets: activations combined here, and rows that it combines."""
+        seen = quantized(self._spec, rows)
+        return activations(self._spec, plan, seen), device_inputs(plan, seen)
 
     def _all_epochs(self, reader: ExampleReader, epochs: int) -> Iterator[Batch]:
         for epoch in range(epochs):
@@ -147,7 +166,7 @@ class StepLoop:
             if batch is None:
                 break
             plan = plan_batch(self._spec, self._client.layout, batch.bags)
-            version = max(0, self._next_pull - self._lookahead)
+            version = max(self._first_step, self._next_pull - self._lookahead)
             pending = self._client.pull(self._next_pull, version, plan.distinct)
             self._ahead.append(_Pulling(batch, plan, pending))
             self._next_pull += 1

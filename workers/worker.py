@@ -12,9 +12,10 @@ from ps.client import ShardClient
 from ps.group import RayTransport
 from ps.partition import Layout
 from ps.ragged import F32
+from ps.snapshot import DenseVariable
 from workers.batches import ExampleReader
 from workers.config import JobConfig
-from workers.plan import activation_shape
+from workers.shapes import device_lookups
 from workers.step import StepLoop, StepReport
 
 if TYPE_CHECKING:  # the driver imports this module and does without TensorFlow
@@ -40,7 +41,7 @@ class TrainWorker:
         import tensorflow as tf
 
         from workers.dense import DenseStep
-        from workers.model import ModelInputs
+        from workers.model import job_inputs
 
         threads = self._job.cluster.threads_per_worker
         tf.config.threading.set_intra_op_parallelism_threads(threads)
@@ -49,18 +50,15 @@ class TrainWorker:
         # For models that draw without a seed of their own. Worker 0's first values count, and
         # noise such as dropout should differ between workers.
         tf.keras.utils.set_random_seed((self._job.seed + self._worker) % 2**32)
-        inputs = ModelInputs(
-            activations={
-                f.name: activation_shape(self._spec, f, 1)[1:] for f in self._spec.features
-            },
-            num_dense=len(self._job.data.dense),
-            seed=self._job.seed,
+        job = self._job
+        lookups = device_lookups(self._spec, job.worker_batch_size)
+        self._dense = DenseStep(
+            job.model, job_inputs(job), job.train.loss, strategy_for_node(), lookups
         )
-        self._dense = DenseStep(self._job.model, inputs, self._job.train.loss, strategy_for_node())
         return self._dense.initial()
 
-    def connect(self, shards: Sequence[Any], layout: Layout) -> None:
-        """Take the shards' handles; steps can run from now on."""
+    def connect(self, shards: Sequence[Any], layout: Layout, first_step: int) -> None:
+        """Take the handles of shards, which are at version `first_step`; steps can run then."""
         train, cluster = self._job.train, self._job.cluster
         transport = RayTransport(shards, cluster.step_timeout_s)
         self._loop = StepLoop(
@@ -73,6 +71,7 @@ class TrainWorker:
             lookahead=train.lookahead,
             worker=self._worker,
             timeout_s=cluster.step_timeout_s,
+            first_step=first_step,
         )
 
     def run(self, num_steps: int) -> StepReport:
@@ -90,6 +89,16 @@ class TrainWorker:
         assert self._loop is not None, "connect comes first"
         assert self._job.data.test is not None, "the driver asks only with test data"
         return self._loop.evaluate(self._reader(self._job.data.test), version)
+
+    def model(self) -> dict[str, Any]:
+        """See `workers.model.describe_model`."""
+        from workers.model import describe_model
+
+        return describe_model(self._job)
+
+    def described(self) -> list[DenseVariable]:
+        """See `DenseStep.described`."""
+        return self._built().described()
 
     def variables(self, dense: F32, state: F32) -> dict[str, F32]:
         """See `DenseStep.variables`."""

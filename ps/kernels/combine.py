@@ -96,19 +96,6 @@ def combine_gradients(
 
 
 @kernel
-def sequence_gradients(grads_BLD: F32, index_N: I64, splits_B1: I64, out_UD: F32) -> None:
-    """Gradient of `scatter_sequences`: out[index of (b, l)] += grads[b, l], in entry order."""
-    dim = grads_BLD.shape[2]
-    length = grads_BLD.shape[1]
-    for b in range(splits_B1.size - 1):
-        start = splits_B1[b]
-        for p in range(min(splits_B1[b + 1] - start, length)):
-            u = index_N[start + p]
-            for d in range(dim):
-                out_UD[u, d] += grads_BLD[b, p, d]
-
-
-@kernel
 def gather_rows(rows_VD: F32, index_N: I64, out_ND: F32) -> None:
     """out[i] = rows[index_i]."""
     for i in range(index_N.size):

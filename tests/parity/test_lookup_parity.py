@@ -1,4 +1,4 @@
-"""TensorFlow is the oracle: the same lookups give the same numbers, and errors where it errs.
+"""TensorFlow is the oracle of what HTTP sends: the same numbers, and errors where it errs.
 
 Tolerance: rtol 1e-5, atol 1e-6·max(1, n/50) for n ids per example. The reference itself is not
 bit-stable between its paths.
@@ -23,7 +23,8 @@ from hypothesis import strategies as st
 from ps.config import COMBINERS, Combiner, FeatureConfig, TableConfig
 from ps.errors import InputError
 from ps.export import open_export
-from ps.lookup import lookup_dense, lookup_ragged
+from ps.inputs import Bags, Dense
+from ps.lookup import lookup
 from ps.ragged import F32, Ragged
 from ps.spec import FeatureSpec
 from serving.app import create_app
@@ -145,9 +146,9 @@ def direct(case: Case) -> F32 | None:
     feature = FeatureSpec(name="f", table="t", **KINDS[case.kind])
     try:
         if case.dense:
-            return lookup_dense(feature, "t", rows, case.ids)
-        bag = Ragged.from_lists(case.ids, case.weights)
-        return lookup_ragged(feature, "t", case.combiner, rows, bag)
+            return lookup(feature, "t", case.combiner, rows, Dense(case.ids))
+        bags = Bags(Ragged.from_lists(case.ids, case.weights))
+        return lookup(feature, "t", case.combiner, rows, bags)
     except InputError:
         return None
 

@@ -1,7 +1,7 @@
 """A one-process trainer in plain TensorFlow: whole tables, dense gradients, formulas as published.
 
-Independent of Manta's kernels on purpose: lookups are `tf.nn`, gradients are `GradientTape`'s, and
-the updates are written out once more, over whole NumPy arrays.
+Independent of Manta's kernels on purpose: lookups are `tests.support.tf_lookup`, gradients are
+`GradientTape`'s, and the updates are written out once more, over whole NumPy arrays.
 """
 
 from __future__ import annotations
@@ -14,6 +14,7 @@ import tensorflow as tf
 from ps.initializers import table_key
 from ps.optimizers import FTRL, SGD, Adagrad, AdagradMomentum, Adam, Optimizer
 from ps.spec import TableSpec
+from tests.support.tf_lookup import activation, used_ids, width_of
 from workers.batches import Batch
 from workers.config import JobConfig
 
@@ -42,7 +43,8 @@ class ReferenceTrainer:
         touched = {name: np.zeros(len(rows), bool) for name, rows in self.rows.items()}
         for batch in batches:
             for f in self._spec.features:
-                touched[f.table][_used_ids(batch.bags[f.name], f.max_sequence_length)] = True
+                width = width_of(self._spec.table(f.table), f, batch.labels.size)
+                touched[f.table][used_ids(batch.bags[f.name], width)] = True
         for table in self._spec.tables:
             grad = tf.convert_to_tensor(table_grads[table.name]).numpy()
             self._update_table(table, grad, touched[table.name])
@@ -56,17 +58,10 @@ class ReferenceTrainer:
         return np.concatenate([v.numpy().reshape(-1) for v in self._model.trainable_variables])
 
     def _loss(self, tables: dict[str, tf.Variable], batch: Batch) -> tf.Tensor:
-        activations = {}
-        for f in self._spec.features:
-            table = self._spec.table(f.table)
-            ids, weights = _sparse(batch.bags[f.name])
-            if f.max_sequence_length:
-                ragged = tf.RaggedTensor.from_row_splits(ids.values, batch.bags[f.name].row_splits)
-                padded = ragged.to_tensor(-1, shape=[None, f.max_sequence_length])
-                found = tf.nn.embedding_lookup(tables[f.table], tf.maximum(padded, 0))
-                activations[f.name] = tf.where(padded[..., None] >= 0, found, 0.0)
-            else:
-                activations[f.name] = _combine(tables[f.table], ids, weights, table.combiner)
+        activations = {
+            f.name: activation(tables[f.table], self._spec.table(f.table), f, batch.bags[f.name])
+            for f in self._spec.features
+        }
         predictions = self._model(activations, tf.constant(batch.dense), training=True)
         return tf.reduce_mean(tf.square(predictions - batch.labels))
 
@@ -139,26 +134,3 @@ def _initial(table: TableSpec, seed: int) -> np.ndarray:
 def _slots(optimizer: Optimizer, like: np.ndarray) -> dict[str, np.ndarray]:
     values = zip(optimizer.slot_names, optimizer.slot_initial_values, strict=True)
     return {name: np.full_like(like, value) for name, value in values}
-
-
-def _used_ids(bag: Any, length: int) -> np.ndarray:
-    lists = bag.to_lists()
-    return np.array([i for ids in lists for i in (ids[:length] if length else ids)], np.int64)
-
-
-def _sparse(bag: Any) -> tuple[tf.SparseTensor, tf.SparseTensor | None]:
-    counts = np.diff(bag.row_splits)
-    columns = np.arange(bag.ids.size) - np.repeat(bag.row_splits[:-1], counts)
-    indices = np.stack([np.repeat(np.arange(counts.size), counts), columns], axis=1)
-    shape = [counts.size, max(1, counts.max(initial=0))]
-    weights = None if bag.weights is None else tf.SparseTensor(indices, bag.weights, shape)
-    return tf.SparseTensor(indices, bag.ids, shape), weights
-
-
-def _combine(
-    table: tf.Variable, ids: tf.SparseTensor, weights: tf.SparseTensor | None, combiner: str
-) -> tf.Tensor:
-    """`tf.nn.embedding_lookup_sparse`, padded to all rows; weights used as they are."""
-    found = tf.nn.embedding_lookup_sparse(table, ids, weights, combiner=combiner)
-    missing = ids.dense_shape[0] - tf.shape(found, tf.int64)[0]
-    return tf.pad(found, [[0, missing], [0, 0]])

@@ -3,14 +3,16 @@
 from __future__ import annotations
 
 import copy
+import logging
 import math
 import pickle
+import re
 from typing import Any
 
 import numpy as np
 import pytest
 
-from ps.config import FeatureConfig, TableConfig
+from ps.config import CustomCombiner, FeatureConfig, QuantizationConfig, TableConfig
 from ps.errors import ConfigError
 from ps.initializers import Constant, TruncatedNormal
 from ps.optimizers import (
@@ -61,7 +63,8 @@ def test_sizes_must_be_python_ints_from_one(argument: str, value: Any) -> None:
         ("dtype", "float64"),
         ("dtype", np.float16),
         ("dtype", None),
-        ("quantization_config", object()),
+        ("dtype", "f4"),
+        ("dtype", int),
         ("layout", object()),
     ],
 )
@@ -78,6 +81,12 @@ def test_a_wrong_table_argument_is_named(argument: str, value: Any) -> None:
         {"dtype": np.float32},
         {"dtype": np.dtype("float32")},
         {"dtype": "float32"},
+        {"dtype": float},
+        {"dtype": "int32"},
+        {"dtype": np.int32},
+        {"quantization_config": QuantizationConfig(2, -1.0, 1.0)},
+        {"quantization_config": "checked by resolve"},
+        {"combiner": CustomCombiner(lambda valency, vectors: vectors[0], 4)},
         *({"combiner": c} for c in ("mean", "sum", "sqrtn")),
     ],
 )
@@ -97,14 +106,32 @@ def test_what_tensorflow_accepts_for_a_table_is_accepted(changes: dict[str, Any]
         ("validate_weights_and_indices", 1),
         ("validate_weights_and_indices", None),
         ("output_shape", [-1]),
+        ("output_shape", -1),
+        ("tensor_core_shape", []),
+        ("tensor_core_shape", [4, 2, 1]),
+        ("tensor_core_shape[1]", [4, 0]),
+        ("tensor_core_shape[1]", [4, None]),
+        ("tensor_core_shape[1]", [4, 2.0]),
     ],
 )
 def test_a_wrong_feature_argument_is_named(argument: str, value: Any) -> None:
-    with pytest.raises(ConfigError, match=f"`{argument}`"):
-        feature(**{argument: value})
+    with pytest.raises(ConfigError, match=f"`{re.escape(argument)}`"):
+        feature(**{argument.removesuffix("[1]"): value})
 
 
-@pytest.mark.parametrize("shape", [[2.5], ["a"], [None, 1.0]])
+def test_a_sequence_cannot_go_to_the_tensor_core() -> None:
+    with pytest.raises(ConfigError, match="`tensor_core_shape` does not support sequences"):
+        feature(tensor_core_shape=[None, 4], max_sequence_length=3)
+
+
+def test_only_the_width_of_a_tensor_core_shape_counts() -> None:
+    for batch in (None, -1, 7):
+        spec = resolve(feature(tensor_core_shape=[batch, 4]))
+        assert spec.features[0].tensor_core_width == 4
+    assert resolve(feature()).features[0].tensor_core_width is None
+
+
+@pytest.mark.parametrize("shape", [[2.5], ["a"], [None, 1.0], 2.5, "a", [[2]], {"a": 1}, object()])
 def test_an_output_shape_of_no_integers_is_a_type_error(shape: Any) -> None:
     with pytest.raises(TypeError, match="`output_shape`"):
         feature(output_shape=shape)
@@ -112,7 +139,16 @@ def test_an_output_shape_of_no_integers_is_a_type_error(shape: Any) -> None:
 
 @pytest.mark.parametrize(
     ("shape", "stored"),
-    [(None, None), (3, (3,)), ([4, 2], (4, 2)), ((None, 2), (None, 2)), ([], ()), ([0], (0,))],
+    [
+        (None, None),
+        (3, (3,)),
+        ([4, 2], (4, 2)),
+        ((None, 2), (None, 2)),
+        ([], ()),
+        ([0], (0,)),
+        (np.int64(3), (3,)),
+        (np.array([4, 2]), (4, 2)),
+    ],
 )
 def test_output_shapes_are_stored_as_tuples(shape: Any, stored: Any) -> None:
     assert feature(output_shape=shape).output_shape == stored
@@ -125,7 +161,45 @@ def test_equal_looking_tables_are_two_tables() -> None:
     assert len(resolve([FeatureConfig(a), FeatureConfig(b)]).tables) == 2
 
 
+def test_repr_lists_what_tensorflow_lists_and_hides_the_default_initializer() -> None:
+    text = "TableConfig(vocabulary_size=5, dim=4, initializer={}, optimizer=None, "
+    text += "combiner='mean', name='t', quantization_config=None)"
+    assert repr(table(dim=4, name="t")) == text.format(None)
+    assert repr(table(dim=4, name="t", initializer=TruncatedNormal(0.0, 0.5))) == text.format(None)
+    other = TruncatedNormal(0.0, 0.25)
+    assert repr(table(dim=4, name="t", initializer=other)) == text.format(repr(other))
+
+
+def test_a_table_without_a_name_logs_a_warning(caplog: pytest.LogCaptureFixture) -> None:
+    with caplog.at_level(logging.WARNING):
+        table(name="ads")
+        assert not caplog.records
+        table()
+    assert [r.levelname for r in caplog.records] == ["WARNING"]
+    assert "without a name" in caplog.text
+
+
+@pytest.mark.parametrize("num_buckets", [1, 0, -3, True])
+def test_quantization_needs_two_buckets(num_buckets: int) -> None:
+    with pytest.raises(ConfigError, match="`num_buckets` must be at least 2"):
+        QuantizationConfig(num_buckets, -1.0, 1.0)
+
+
+def test_weights_of_a_custom_combiner_need_an_initializer() -> None:
+    with pytest.raises(ConfigError, match="`initializer` must be set"):
+        CustomCombiner(lambda *a: a[1], 4, num_weights=2)
+    assert CustomCombiner(lambda *a: a[1], 4, 2, Constant(1.0)).num_weights == 2
+
+
 # --- resolve
+
+
+@pytest.mark.parametrize(
+    ("option", "value"), [("dtype", "int32"), ("quantization_config", "8 bits")]
+)
+def test_what_only_the_config_objects_accept_is_refused(option: str, value: Any) -> None:
+    with pytest.raises(ConfigError, match=f"table 'ads': `{option}` must be"):
+        resolve(feature(table=table(name="ads", **{option: value})))
 
 
 def test_unnamed_tables_are_numbered_by_first_use_counting_all() -> None:

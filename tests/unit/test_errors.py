@@ -47,6 +47,7 @@ def test_every_error_is_caught_as_a_manta_error_and_says_what_it_is(cls: type[Ma
 @pytest.mark.parametrize("cls", CLASSES)
 def test_bad_input_is_a_value_error_and_nothing_else_is(cls: type[MantaError]) -> None:
     bad_input = {"ConfigError", "DataError", "ExportError", "InputError", "IdRangeError"}
+    bad_input |= {"StorageError", "SnapshotError", "CheckpointError"}
     assert issubclass(cls, ValueError) == (cls.__name__ in bad_input)
 
 

@@ -18,7 +18,7 @@ import pytest
 
 import ps.export
 from ps.config import FeatureConfig, TableConfig
-from ps.errors import ExportError
+from ps.errors import ExportError, StorageError
 from ps.export import Export, ExportWriter, RowFile, open_export, write_rows
 from ps.export_file import map_rows
 from ps.spec import resolve
@@ -208,7 +208,7 @@ def write_failing_at(root: Path, patch: pytest.MonkeyPatch, call: str, k: int) -
     patch.setattr(os, call, fail)
     try:
         write_small(root)
-    except ExportError as e:
+    except StorageError as e:
         return str(e)
     finally:
         patch.undo()
@@ -260,7 +260,7 @@ def test_rows_that_do_not_fit_are_refused(
 ) -> None:
     path = tmp_path / "t.arrow"
     path.write_bytes(b"\0" * 40)
-    with pytest.raises(ExportError, match=message):
+    with pytest.raises(StorageError, match=message):
         write_rows(RowFile(str(path), 0, 5, 2), first, rows)
     assert path.read_bytes() == b"\0" * 40
 
@@ -415,7 +415,7 @@ def test_any_flipped_byte_gives_rows_or_an_error_but_never_a_crash(tmp_path: Pat
         path.write_bytes(whole[:place] + bytes([whole[place] ^ 0x55]) + whole[place + 1 :])
         try:
             rows_VD = map_rows(path, 5, 2)
-        except ExportError:
+        except StorageError:
             continue
         assert rows_VD.shape == (5, 2)
         rows_VD.sum()

@@ -97,19 +97,6 @@ def test_combined_gradients_equal_their_twin(
 
 
 @few
-@given(data=st.data(), num_rows=st.integers(1, 6), dim=DIMS, length=st.integers(1, 6))
-def test_sequence_gradients_equal_their_twin(
-    data: Any, num_rows: int, dim: int, length: int
-) -> None:
-    bag, start = data.draw(bags(num_rows, weighted=False)), data.draw(rows(num_rows, dim))
-    flat = data.draw(rows(bag.num_examples * length, dim))
-    grads = flat.reshape(bag.num_examples, length, dim)
-    args = (grads, bag.ids, bag.row_splits)
-    got = run(kernels.sequence_gradients, *args, out=start)
-    assert same_bits(got, twin.sequence_gradients(*args, start))
-
-
-@few
 @given(data=st.data(), dim=DIMS, combiner=COMBINERS)
 def test_entry_gradients_equal_their_twin(data: Any, dim: int, combiner: str) -> None:
     bag = data.draw(bags(6))

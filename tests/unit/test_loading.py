@@ -113,12 +113,6 @@ def test_a_bad_table_is_named_among_many(tmp_path: Path) -> None:
     assert "user" in failure(tmp_path, "features.user.max_sequence_length=-1")
 
 
-def test_a_sequence_feature_takes_no_weights(tmp_path: Path) -> None:
-    message = failure(tmp_path, "features.user.weights=w", "features.user.max_sequence_length=3")
-    assert "features.user" in message
-    assert "weights" in message
-
-
 def test_a_batch_is_split_evenly_over_the_workers(tmp_path: Path) -> None:
     job = job_of(tmp_path, "cluster.workers=3", "train.batch_size=999")
     assert job.worker_batch_size == 333

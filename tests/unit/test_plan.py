@@ -9,7 +9,7 @@ import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from ps.config import FeatureConfig, TableConfig
+from ps.config import CustomCombiner, FeatureConfig, QuantizationConfig, TableConfig
 from ps.errors import IdRangeError
 from ps.optimizers import SGD
 from ps.partition import Layout
@@ -18,7 +18,15 @@ from ps.spec import EmbeddingSpec, resolve
 from tests.support import reference as twin
 from tests.support.reference import same_bits
 from tests.support.strategies import bags
-from workers.plan import BatchPlan, activation_shape, activations, plan_batch, row_gradients
+from workers.plan import (
+    BatchPlan,
+    activations,
+    device_inputs,
+    plan_batch,
+    quantized,
+    row_gradients,
+)
+from workers.shapes import activation_shape
 
 V, W, L = 70, 6, 3
 TAME = st.sampled_from([1.0, 0.5, 2.0, -1.0, 0.0, 3.25])
@@ -119,7 +127,7 @@ def test_row_gradients_are_summed_once_per_distinct_row(
 ) -> None:
     spec = spec_of(combiner)
     plan, _, upstream = planned(spec, batch, num_shards)
-    rows, grads = row_gradients(spec, plan, upstream)
+    rows, grads = row_gradients(spec, plan, upstream, {})
     for table in spec.tables:
         want = want_gradient(spec, table.name, batch, upstream)
         distinct = rows[table.name]
@@ -136,7 +144,7 @@ def test_without_accumulation_contributions_come_by_shard_in_batch_order(
 ) -> None:
     spec = spec_of(accumulate=False)
     plan, _, upstream = planned(spec, batch, num_shards)
-    rows, grads = row_gradients(spec, plan, upstream)
+    rows, grads = row_gradients(spec, plan, upstream, {})
     for table in spec.tables:
         ids, entries = [], []
         for f in spec.features_of(table.name):
@@ -180,7 +188,7 @@ def test_gradients_are_the_derivative_of_the_activations(combiner: str) -> None:
         out = activations(spec, plan, pulled(plan, rows))
         return sum(float(np.sum(out[n].astype(np.float64) * g)) for n, g in upstream.items())
 
-    rows, grads = row_gradients(spec, plan, upstream)
+    rows, grads = row_gradients(spec, plan, upstream, {})
     step = 0.5
     for name in tables:
         for u, row in enumerate(rows[name].ids):
@@ -199,7 +207,7 @@ def test_ids_behind_the_end_of_a_sequence_are_neither_pulled_nor_pushed() -> Non
     batch = {"seq": Ragged.from_lists([[3, 4, 5, 6], [], [7], [3, 8, 9]])}
     plan, _, upstream = planned(spec, batch, 1)
     assert plan.distinct["table_0"].ids.tolist() == [3, 4, 7, 8]
-    rows, grads = row_gradients(spec, plan, upstream)
+    rows, grads = row_gradients(spec, plan, upstream, {})
     g = upstream["seq"]
     np.testing.assert_array_equal(
         grads["table_0"], np.stack([g[0, 0] + g[3, 0], g[0, 1], g[2, 0], g[3, 1]])
@@ -221,13 +229,183 @@ def test_a_bad_id_is_reported_with_its_feature(feature: str, bad: int) -> None:
     assert (error.bad_id, error.num_rows) == (bad, table.vocabulary_size)
 
 
-def test_weights_below_and_at_zero_count_in_training() -> None:
-    spec = resolve({"f": FeatureConfig(TableConfig(5, 2))})
-    table = np.arange(1, 11, dtype=np.float32).reshape(5, 2)
+FIVE_ROWS = np.arange(1, 11, dtype=np.float32).reshape(5, 2)
+
+
+def looked_up(bag: Ragged, combiner: str = "sum", **options: Any) -> F32:
+    """The activations of one feature on the table [1, 2] … [9, 10]."""
+    spec = resolve({"f": FeatureConfig(TableConfig(5, 2, combiner=combiner), **options)})
+    plan = plan_batch(spec, Layout.of(spec, 2), {"f": bag})
+    return activations(spec, plan, pulled(plan, {"table_0": FIVE_ROWS}))["f"]
+
+
+@pytest.mark.parametrize(
+    ("combiner", "want"),
+    [
+        ("sum", [[5, 6], [-14, -16], [0, 0]]),
+        ("mean", [[5, 6], [7, 8], [0, 0]]),
+        ("sqrtn", [[2.236068, 2.683281], [-7, -8], [0, 0]]),
+    ],
+)
+def test_weights_below_and_at_zero_count_in_training(combiner: str, want: Any) -> None:
     bag = Ragged.from_lists([[0, 1, 2], [3], [4]], [[-1, 2, 0], [-2], [0]])
+    np.testing.assert_allclose(looked_up(bag, combiner), want, rtol=1e-6)
+
+
+def test_a_nan_weight_makes_its_example_nan() -> None:
+    bag = Ragged.from_lists([[0, 1], [2]], [[np.nan, 1], [2]])
+    got = looked_up(bag, "mean")
+    assert np.isnan(got[0]).all()
+    assert got[1].tolist() == [5, 6]
+
+
+ROWS = Ragged.from_lists([[0, 1, 2], [3], [], [4]])
+WEIGHTED = Ragged.from_lists([[0, 1, 2], [3], [], [4]], [[5, 6, 7], [8], [], [9]])
+
+
+@pytest.mark.parametrize("bag", [ROWS, WEIGHTED], ids=["plain", "weighted"])
+@pytest.mark.parametrize("combiner", ["sum", "mean", "sqrtn"])
+@pytest.mark.parametrize("length", [0, 1], ids=["bag", "sequence"])
+def test_a_multiple_of_the_batch_in_output_shape_leaves_ids_uncombined(
+    bag: Ragged, combiner: str, length: int
+) -> None:
+    flat = [[1, 2], [3, 4], [7, 8], [0, 0], [0, 0], [0, 0], [9, 10], [0, 0]]
+    for shape in ([4, 2], [2, 4], [8], [2, 1, 4]):
+        got = looked_up(bag, combiner, output_shape=shape, max_sequence_length=length)
+        assert got.shape == (*shape, 2)
+        assert got.reshape(-1, 2).tolist() == flat
+    got = looked_up(bag, combiner, output_shape=[12])
+    assert got[:4].tolist() == [[1, 2], [3, 4], [5, 6], [7, 8]]
+
+
+def test_as_many_vectors_as_examples_in_output_shape_are_combined() -> None:
+    ids = [[0, 1], [2, 3], [], [4]]
+    for length in (0, 1):
+        options: dict[str, Any] = {"output_shape": [2, 2], "max_sequence_length": length}
+        got = looked_up(Ragged.from_lists(ids), **options)
+        assert got.tolist() == [[[4, 6], [12, 14]], [[0, 0], [9, 10]]]
+        got = looked_up(Ragged.from_lists(ids, [[1, 2], [3, 4], [], [5]]), **options)
+        assert got.tolist() == [[[7, 10], [43, 50]], [[0, 0], [45, 50]]]
+    assert looked_up(Ragged.from_lists([[0, 1]]), output_shape=[]).tolist() == [4, 6]
+
+
+@pytest.mark.parametrize(
+    ("combiner", "gains"),
+    [("sum", [0.5, -2, 0]), ("mean", [1, 1, 0]), ("sqrtn", [1, -1, 0])],
+)
+def test_a_position_of_a_weighted_sequence_is_a_bag_of_one(
+    combiner: str, gains: list[float]
+) -> None:
+    bag = Ragged.from_lists([[0, 1, 2, 3], []], [[0.5, -2, 0, 9], []])
+    got = looked_up(bag, combiner, max_sequence_length=3)
+    np.testing.assert_array_equal(got[0], FIVE_ROWS[:3] * np.array(gains)[:, None])
+    assert not got[1].any()
+
+    spec = resolve(
+        {"f": FeatureConfig(TableConfig(5, 2, combiner=combiner), max_sequence_length=3)}
+    )
     plan = plan_batch(spec, Layout.of(spec, 1), {"f": bag})
-    got = activations(spec, plan, pulled(plan, {"table_0": table}))
-    np.testing.assert_array_equal(got["f"], [[5, 6], [7, 8], [0, 0]])
+    upstream = np.arange(12, dtype=np.float32).reshape(2, 3, 2)
+    rows, grads = row_gradients(spec, plan, {"f": upstream}, {})
+    assert rows["table_0"].ids.tolist() == [0, 1, 2]
+    np.testing.assert_array_equal(grads["table_0"], upstream[0] * np.array(gains)[:, None])
+
+
+def test_gradients_of_uncombined_ids_reach_their_rows() -> None:
+    spec = resolve({"f": FeatureConfig(TableConfig(5, 2), output_shape=[2, 2])})
+    bag = Ragged.from_lists([[3, 3, 4], [3]])
+    plan = plan_batch(spec, Layout.of(spec, 1), {"f": bag})
+    upstream = np.arange(8, dtype=np.float32).reshape(2, 2, 2)
+    rows, grads = row_gradients(spec, plan, {"f": upstream}, {})
+    assert rows["table_0"].ids.tolist() == [3]
+    assert grads["table_0"].tolist() == [[0 + 2 + 4, 1 + 3 + 5]]
+
+
+# --- simulated quantization
+
+
+def test_rows_are_quantized_before_they_are_combined_and_stay_as_they_are() -> None:
+    config = QuantizationConfig(5, -1.0, 1.0)
+    tables = {
+        "q": TableConfig(6, 1, combiner="sum", name="q", quantization_config=config),
+        "plain": TableConfig(6, 1, combiner="sum", name="plain"),
+    }
+    spec = resolve({name: FeatureConfig(table) for name, table in tables.items()})
+    rows = np.array([[0.3], [0.25], [0.24], [-0.25], [1.7], [-9.0]], dtype=np.float32)
+    before = rows.copy()
+    found = quantized(spec, {"q": rows, "plain": rows})
+    assert found["q"].ravel().tolist() == [0.5, 0.5, 0.0, 0.0, 1.0, -1.0]
+    assert found["q"].dtype == np.float32
+    assert found["plain"] is rows
+    assert same_bits(rows, before)
+
+
+# --- features that the compiled step combines
+
+TENSOR_CORE = {"tensor_core_shape": [None, 2]}
+
+
+def test_the_tensor_core_gets_padded_indices_and_counts() -> None:
+    """The example of semantics §8, beside an ordinary feature of the same table."""
+    table = TableConfig(5, 2, combiner="sum", name="t")
+    spec = resolve({"core": FeatureConfig(table, **TENSOR_CORE), "host": FeatureConfig(table)})
+    for num_shards in (1, 3):
+        batch = {"core": Ragged.from_lists([[0, 1, 2], [], [3]]),
+                 "host": Ragged.from_lists([[4], [2, 0], []])}  # fmt: skip
+        plan = plan_batch(spec, Layout.of(spec, num_shards), batch)
+        inputs = device_inputs(plan, pulled(plan, {"t": FIVE_ROWS}))
+        assert inputs.rows["t"].shape == (5, 2)  # min(3 examples of width 2, 5 rows)
+        assert inputs.valency["core"].tolist() == [2, 0, 1]
+        indices = inputs.indices["core"]
+        assert indices.dtype == np.int32
+        assert inputs.rows["t"][indices[0]].tolist() == [[1, 2], [3, 4]]
+        assert inputs.rows["t"][indices[2, 0]].tolist() == [7, 8]
+        assert indices[1].tolist() == [0, 0]
+        assert indices[2, 1] == 0
+        assert [f.spec.name for f in plan.features] == ["host"]
+        assert plan.num_ids == 6  # id 2 of the first example is cut off, but used by the host
+
+
+def test_gradients_from_the_device_are_added_to_those_of_the_host() -> None:
+    table = TableConfig(5, 2, combiner="sum", name="t")
+    spec = resolve({"core": FeatureConfig(table, **TENSOR_CORE), "host": FeatureConfig(table)})
+    batch = {"core": Ragged.from_lists([[3], [1, 3]]), "host": Ragged.from_lists([[4], [1]])}
+    plan = plan_batch(spec, Layout.of(spec, 2), batch)
+    inputs = device_inputs(plan, pulled(plan, {"t": FIVE_ROWS}))
+    upstream = {"host": np.array([[1, 2], [3, 4]], dtype=np.float32)}
+    rows, grads = row_gradients(spec, plan, upstream, {"t": 10 * inputs.rows["t"]})
+    found = dict(zip(rows["t"].ids.tolist(), grads["t"].tolist(), strict=True))
+    assert found == {1: [30 + 3, 40 + 4], 3: [70, 80], 4: [1, 2]}
+
+
+def test_shapes_for_the_device_are_the_same_in_every_batch() -> None:
+    table = TableConfig(50, 2, combiner="sum", name="t")
+    spec = resolve({"core": FeatureConfig(table, **TENSOR_CORE)})
+    shapes = set()
+    for ids in ([[], [], []], [[1], [1], [1]], [[1, 2, 3], [4, 5, 6], [7, 8]]):
+        plan = plan_batch(spec, Layout.of(spec, 2), {"core": Ragged.from_lists(ids)})
+        inputs = device_inputs(plan, {"t": np.ones((plan.distinct["t"].ids.size, 2), np.float32)})
+        shapes.add((inputs.rows["t"].shape, inputs.indices["core"].shape))
+    assert shapes == {((6, 2), (3, 2))}
+
+
+def test_a_custom_combiner_gets_its_bags_and_leaves_sequences_alone() -> None:
+    combiner = CustomCombiner("somewhere:function", 2)
+    table = TableConfig(5, 2, combiner=combiner, name="t")
+    spec = resolve({"bag": FeatureConfig(table), "seq": FeatureConfig(table, 2)})
+    bag = Ragged.from_lists([[0, 1, 2], [], [3]])
+    plan = plan_batch(spec, Layout.of(spec, 2), {"bag": bag, "seq": bag})
+    assert list(plan.device["t"].indices) == ["bag"]
+    assert plan.device["t"].valency["bag"].tolist() == [2, 0, 1]
+    got = activations(spec, plan, pulled(plan, {"t": FIVE_ROWS}))
+    assert list(got) == ["seq"]
+    assert got["seq"].tolist() == [[[1, 2], [3, 4]], [[0, 0], [0, 0]], [[7, 8], [0, 0]]]
+
+
+def test_an_id_behind_the_width_of_the_tensor_core_is_checked_too() -> None:
+    spec = resolve({"core": FeatureConfig(TableConfig(5, 2), **TENSOR_CORE)})
+    with pytest.raises(IdRangeError, match="'core': id 5 is not in"):
+        plan_batch(spec, Layout.of(spec, 1), {"core": Ragged.from_lists([[0, 1, 5]])})
 
 
 @pytest.mark.parametrize("accumulate", [True, False])
@@ -240,6 +418,6 @@ def test_a_batch_without_ids_needs_no_rows(accumulate: bool) -> None:
         assert out["seq"].shape == (size, L, 3)
         assert out["bag"].shape == (size, 3)
         assert not any(a.any() for a in out.values())
-        rows, grads = row_gradients(spec, plan, upstream)
+        rows, grads = row_gradients(spec, plan, upstream, {})
         assert {name: g.shape for name, g in grads.items()} == {"items": (0, 3), "small": (0, 1)}
         assert all(d.shard_splits.tolist() == [0, 0, 0] for d in rows.values())
