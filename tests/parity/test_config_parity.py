@@ -3,10 +3,15 @@
 from __future__ import annotations
 
 import inspect
+import re
+from collections.abc import Callable
 from typing import Any
 
+import numpy as np
 import pytest
 import tensorflow as tf
+from hypothesis import given, settings
+from hypothesis import strategies as st
 from tensorflow.python.ops import init_ops_v2
 
 import ps.config as ours
@@ -21,6 +26,7 @@ from ps.initializers import (
 )
 from ps.optimizers import OPTIMIZERS, SGD
 from ps.spec import EmbeddingSpec, resolve
+from tests.support.parity_size import examples
 
 pytestmark = pytest.mark.parity
 
@@ -75,14 +81,21 @@ def converted(initializer: Any) -> Initializer:
     return spec_of(stock, initializer=initializer).tables[0].initializer
 
 
-@pytest.mark.parametrize("name", [*OPTIMIZERS, "TableConfig", "FeatureConfig"])
+@pytest.mark.parametrize(
+    "name", [*OPTIMIZERS, "TableConfig", "FeatureConfig", "QuantizationConfig", "CustomCombiner"]
+)
 def test_arguments_have_tensorflows_names_order_and_defaults(name: str) -> None:
     def parameters(cls: Any) -> list[tuple[str, Any, Any]]:
         found = list(inspect.signature(cls.__init__).parameters.values())[1:]
         default = lambda p: "float32" if p.default == tf.float32 else p.default  # noqa: E731
-        return [(p.name, p.kind, default(p)) for p in found]
+        return [(p.name, p.kind, default(p)) for p in found if p.kind is not p.KEYWORD_ONLY]
 
     assert parameters(getattr(ours, name)) == parameters(getattr(stock, name))
+
+
+def test_the_only_argument_of_our_own_is_keyword_only() -> None:
+    found = inspect.signature(ours.FeatureConfig).parameters
+    assert [p.name for p in found.values() if p.kind is p.KEYWORD_ONLY] == ["tensor_core_shape"]
 
 
 @pytest.mark.parametrize("name", list(OPTIMIZERS))
@@ -167,7 +180,6 @@ def test_an_initializer_without_a_counterpart_is_refused(initializer: Any) -> No
         tf.keras.optimizers.Adam(),
         tf.keras.optimizers.SGD(),
         tf.compat.v1.train.AdagradOptimizer(0.1),
-        stock.CustomOptimizer(lambda *a: a[1]),
     ],
     ids=lambda o: type(o).__name__,
 )
@@ -231,14 +243,163 @@ def test_clashing_names_are_refused_as_by_tensorflow() -> None:
             resolve(tree(module))
 
 
-@pytest.mark.parametrize(
-    "changes",
-    [
-        {"quantization_config": stock.QuantizationConfig(5, -1, 1)},
-        {"dtype": tf.int32},
-    ],
-    ids=str,
+def test_a_stock_table_option_without_a_counterpart_is_refused() -> None:
+    for changes in ({"dtype": tf.int32}, {"layout": "any"}, {"quantization_config": "8 bits"}):
+        with pytest.raises(ConfigError, match=f"`{next(iter(changes))}`"):
+            spec_of(stock, **changes)
+
+
+def test_stock_quantization_and_combiners_become_ours() -> None:
+    def changes(module: Any) -> dict[str, Any]:
+        return {
+            "quantization_config": module.QuantizationConfig(5, -1.0, 1.0),
+            "combiner": module.CustomCombiner(max, 7, 2, zeros, 0.5),
+        }
+
+    zeros = tf.zeros_initializer()
+    assert spec_of(stock, **changes(stock)) == spec_of(ours, **changes(ours))
+
+
+def test_row_ids_are_those_of_tensorflow() -> None:
+    for offset in (0, -2, 7):
+        want = stock.RowIdInitializer(offset)([4, 3], tf.float32).numpy()
+        np.testing.assert_array_equal(RowIdInitializer(offset)((4, 3)), want)
+
+
+# --- the config objects take and refuse what TensorFlow's do
+
+SIZES = st.one_of(
+    st.integers(-2, 5), st.sampled_from([True, False, None, "5", 2.0, np.int64(3), np.float32(2)])
 )
-def test_a_stock_table_option_without_a_counterpart_is_refused(changes: dict[str, Any]) -> None:
-    with pytest.raises(ConfigError, match=f"`{next(iter(changes))}`"):
-        spec_of(stock, **changes)
+TABLE_ARGUMENTS = st.fixed_dictionaries(
+    {"vocabulary_size": SIZES, "dim": SIZES},
+    optional={
+        "initializer": st.sampled_from([None, np.zeros, 1.0, "zeros"]),
+        "optimizer": st.sampled_from([None, "adam", 3]),
+        "combiner": st.sampled_from(["mean", "sum", "sqrtn", "SUM", "max", "", None, 1, object()]),
+        "name": st.sampled_from([None, "t", ""]),
+        "dtype": st.sampled_from(
+            [
+                None,
+                "float32",
+                "int32",
+                "float",
+                "float64",
+                "int64",
+                "f4",
+                "Float32",
+                float,
+                int,
+                np.float32,
+                np.int32,
+                np.float16,
+                np.dtype("float32"),
+                tf.float32,
+                tf.int32,
+                tf.float64,
+                tf.bool,
+            ]
+        ),
+    },
+)
+SHAPES = st.one_of(
+    st.none(),
+    st.integers(-2, 4),
+    st.lists(st.one_of(st.none(), st.integers(-1, 4)), max_size=3),
+    st.sampled_from(
+        [
+            2.5,
+            "a",
+            ["a"],
+            [2.5],
+            [[2]],
+            (3, None),
+            np.int64(3),
+            np.array([2, 3]),
+            {"a": 1},
+            object(),
+            tf.TensorShape([2, None]),
+            tf.TensorShape([]),
+            tf.TensorShape(None),
+        ]
+    ),
+)
+FEATURE_ARGUMENTS = st.fixed_dictionaries(
+    {},
+    optional={
+        "max_sequence_length": SIZES,
+        "validate_weights_and_indices": st.sampled_from([True, False, 0, 1, None, "yes"]),
+        "output_shape": SHAPES,
+        "name": st.sampled_from([None, "f"]),
+    },
+)
+
+
+def outcome(make: Callable[[], Any]) -> tuple[Any, Exception | None]:
+    try:
+        return make(), None
+    except (TypeError, ValueError) as e:
+        return None, e
+
+
+def assert_same_failure(ours: Exception | None, theirs: Exception | None) -> None:
+    """The same kind of error, about the same argument."""
+    assert (ours is None) == (theirs is None), (ours, theirs)
+    if ours is None or theirs is None:
+        return
+    assert isinstance(ours, ValueError) == isinstance(theirs, ValueError), (ours, theirs)
+    assert isinstance(ours, TypeError) == isinstance(theirs, TypeError), (ours, theirs)
+    named = re.findall(r"rgument `(\w+)`", str(theirs))
+    assert all(f"`{argument}`" in str(ours) for argument in named[:1]), (ours, theirs)
+
+
+@settings(max_examples=examples(150), deadline=None)
+@given(arguments=TABLE_ARGUMENTS)
+def test_tables_take_what_tensorflow_takes(arguments: dict[str, Any]) -> None:
+    own, failure = outcome(lambda: ours.TableConfig(**arguments))
+    theirs, stock_failure = outcome(lambda: stock.TableConfig(**arguments))
+    assert_same_failure(failure, stock_failure)
+    if failure is None:
+        assert repr(own) == repr(theirs)
+
+
+@settings(max_examples=examples(150), deadline=None)
+@given(arguments=FEATURE_ARGUMENTS)
+def test_features_take_what_tensorflow_takes(arguments: dict[str, Any]) -> None:
+    def made(module: Any) -> Callable[[], Any]:
+        return lambda: module.FeatureConfig(module.TableConfig(5, 2, name="t"), **arguments)
+
+    own, failure = outcome(made(ours))
+    theirs, stock_failure = outcome(made(stock))
+    assert_same_failure(failure, stock_failure)
+    if failure is None:
+        known = theirs.output_shape.rank is not None
+        assert own.output_shape == (tuple(theirs.output_shape.as_list()) if known else None)
+        assert own.max_sequence_length == theirs.max_sequence_length
+
+
+def test_a_feature_of_no_table_is_refused_as_by_tensorflow() -> None:
+    for bad in (None, "t", stock.TableConfig):
+        for module in (ours, stock):
+            with pytest.raises(ValueError, match="`table`"):
+                module.FeatureConfig(bad)
+
+
+@pytest.mark.parametrize("num_buckets", [-1, 0, 1, 2, 3, True, 2.5, "a", None], ids=str)
+def test_quantization_takes_what_tensorflow_takes(num_buckets: Any) -> None:
+    own, failure = outcome(lambda: ours.QuantizationConfig(num_buckets, -1.0, 1.0))
+    theirs, stock_failure = outcome(lambda: stock.QuantizationConfig(num_buckets, -1.0, 1.0))
+    assert_same_failure(failure, stock_failure)
+    assert repr(own) == repr(theirs)
+
+
+@pytest.mark.parametrize("num_weights", [-1, 0, 2])
+@pytest.mark.parametrize("initializer", [None, np.zeros])
+def test_custom_combiners_take_what_tensorflow_takes(num_weights: int, initializer: Any) -> None:
+    arguments = {"num_weights": num_weights, "initializer": initializer}
+    _, failure = outcome(lambda: ours.CustomCombiner(max, 3, **arguments))
+    _, stock_failure = outcome(lambda: stock.CustomCombiner(max, 3, **arguments))
+    assert_same_failure(failure, stock_failure)
+    if failure is not None:
+        assert "`initializer` must be set" in str(failure)
+        assert "`initializer` must be set" in str(stock_failure)

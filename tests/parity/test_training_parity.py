@@ -6,6 +6,8 @@ updates by the published formulas. Manta's side runs the real step loop over rea
 
 from __future__ import annotations
 
+import itertools
+from dataclasses import replace
 from pathlib import Path
 
 import numpy as np
@@ -15,7 +17,15 @@ import pytest
 import tensorflow as tf
 
 from ps.client import LocalTransport, ShardClient
-from ps.config import FTRL, SGD, Adagrad, AdagradMomentum, Adam
+from ps.config import (
+    FTRL,
+    SGD,
+    Adagrad,
+    AdagradMomentum,
+    Adam,
+    CustomCombiner,
+    QuantizationConfig,
+)
 from ps.optimizers import Optimizer
 from ps.partition import Layout
 from ps.shard import ShardSpec, ShardState
@@ -23,8 +33,8 @@ from tests.support.tf_reference import ReferenceTrainer
 from workers.batches import ExampleReader
 from workers.config import DataConfig, FeatureEntry, JobConfig, ModelConfig, TableEntry, TrainConfig
 from workers.dense import DenseStep
-from workers.model import ModelInputs
-from workers.plan import activation_shape
+from workers.model import ModelInputs, model_inputs
+from workers.shapes import device_lookups
 from workers.step import StepLoop
 
 pytestmark = pytest.mark.parity
@@ -37,6 +47,9 @@ FEATURES = {
     "sqrtn_bag": FeatureEntry(table="sqrtns", column="bag", weights="bag_weights"),
     "plain_bag": FeatureEntry(table="sqrtns", column="other"),
     "sequence": FeatureEntry(table="sums", column="other", max_sequence_length=3),
+    "weighted_sequence": FeatureEntry(
+        table="sums", column="bag", weights="bag_weights", max_sequence_length=2
+    ),
 }
 # Where slots start at 0, the first steps divide g by about |g|: a gradient that is 0 but for
 # rounding would move a row by the full rate. Epsilons above that keep the comparison meaningful.
@@ -64,13 +77,17 @@ def build_linear(inputs: ModelInputs) -> tf.Module:
         def __init__(self) -> None:
             super().__init__()
             rng = np.random.default_rng(inputs.seed)
-            sizes = [int(np.prod(shape)) for shape in inputs.activations.values()]
+            batch = inputs.batch_size
+            sizes = [
+                int(np.prod(shape)) * inputs.first_axes.get(name, batch) // batch
+                for name, shape in inputs.activations.items()
+            ]
             kernel = rng.normal(size=sum(sizes) + inputs.num_dense) * 0.3
             self.kernel = tf.Variable(kernel.astype(np.float32))
             self.bias = tf.Variable(np.float32(0.1))
 
         def __call__(self, activations, dense, training):
-            flat = [tf.reshape(a, [a.shape[0], -1]) for a in activations.values()]
+            flat = [tf.reshape(a, [dense.shape[0], -1]) for a in activations.values()]
             joined = tf.tanh(tf.concat([*flat, dense], 1))
             return tf.linalg.matvec(joined, self.kernel) + self.bias
 
@@ -132,13 +149,11 @@ def readers(job: JobConfig) -> list[ExampleReader]:
     ]
 
 
-def model_inputs(job: JobConfig) -> ModelInputs:
-    spec = job.embedding_spec()
-    shapes = {f.name: activation_shape(spec, f, 1)[1:] for f in spec.features}
-    return ModelInputs(activations=shapes, num_dense=1, seed=job.seed)
+def inputs_of(job: JobConfig) -> ModelInputs:
+    return model_inputs(job.embedding_spec(), job.worker_batch_size, num_dense=1, seed=job.seed)
 
 
-def train_with_manta(job: JobConfig, num_shards: int) -> list[ShardState]:
+def train_with_manta(job: JobConfig, num_shards: int, steps: int = STEPS) -> list[ShardState]:
     spec = job.embedding_spec()
     workers = job.cluster.workers
     shards = [
@@ -154,7 +169,8 @@ def train_with_manta(job: JobConfig, num_shards: int) -> list[ShardState]:
         )
         for k in range(num_shards)
     ]
-    dense = DenseStep(job.model, model_inputs(job), "mse")
+    lookups = device_lookups(spec, job.worker_batch_size)
+    dense = DenseStep(job.model, inputs_of(job), "mse", lookups=lookups)
     values, state = dense.initial()
     layout = Layout.of(spec, num_shards, values.size, state.size)
     for k, shard in enumerate(shards):
@@ -173,7 +189,7 @@ def train_with_manta(job: JobConfig, num_shards: int) -> list[ShardState]:
         )
         for w, reader in enumerate(readers(job))
     ]
-    for _ in range(STEPS):
+    for _ in range(steps):
         for loop in loops:
             assert loop.run(1).steps == 1
     return shards
@@ -200,7 +216,7 @@ def test_ten_steps_equal_a_one_process_tensorflow_run(
     job = make_job(data, optimizer, num_workers)
     shards = train_with_manta(job, num_shards=2)
 
-    reference = ReferenceTrainer(job, build_linear(model_inputs(job)))
+    reference = ReferenceTrainer(job, build_linear(inputs_of(job)))
     epochs = [reader.epoch(0, job.worker_batch_size) for reader in readers(job)]
     for batches in zip(*epochs, strict=True):
         reference.step(list(batches))
@@ -215,3 +231,61 @@ def test_ten_steps_equal_a_one_process_tensorflow_run(
             )
     dense = np.concatenate([shard.dense()[0] for shard in shards])
     np.testing.assert_allclose(dense, reference.dense_values(), rtol=1e-5, atol=1e-6)
+
+
+CUSTOM = CustomCombiner("tests.support.combiners:attention", 3)
+OPTION_TABLES = {
+    "sums": TableEntry(vocabulary_size=7, dim=DIM, combiner="sum"),
+    "means": TableEntry(vocabulary_size=9, dim=DIM),
+    "customs": TableEntry(vocabulary_size=7, dim=DIM, combiner=CUSTOM),
+    "coarse": TableEntry(
+        vocabulary_size=7, dim=DIM, quantization_config=QuantizationConfig(9, -0.5, 0.5)
+    ),
+}
+OPTION_FEATURES = {
+    "core_sum": FeatureEntry(table="sums", column="bag", tensor_core_shape=(None, 3)),
+    "core_again": FeatureEntry(table="sums", column="other", tensor_core_shape=(-1, 2)),
+    "host_sum": FeatureEntry(table="sums", column="other"),
+    "core_mean": FeatureEntry(
+        table="means", column="bag", tensor_core_shape=(None, 2), output_shape=(8, BATCH // 8)
+    ),
+    "shaped": FeatureEntry(table="means", column="bag", output_shape=(BATCH // 2, 4)),
+    "attended": FeatureEntry(table="customs", column="bag"),
+    "custom_sequence": FeatureEntry(table="customs", column="other", max_sequence_length=2),
+    "coarse_bag": FeatureEntry(table="coarse", column="bag", weights="bag_weights"),
+    "coarse_core": FeatureEntry(table="coarse", column="other", tensor_core_shape=(None, 4)),
+}
+
+
+def options_job(data: Path) -> JobConfig:
+    """Every lookup option of training in one job."""
+    return replace(
+        make_job(data, Adagrad(0.1)),
+        tables={n: replace(t, optimizer=Adagrad(0.1)) for n, t in OPTION_TABLES.items()},
+        features=OPTION_FEATURES,
+    )
+
+
+def test_lookup_options_equal_their_formulas_in_plain_tensorflow(data: Path) -> None:
+    job = options_job(data)
+    shards = train_with_manta(job, num_shards=2, steps=3)
+    reference = ReferenceTrainer(job, build_linear(inputs_of(job)))
+    for batch in itertools.islice(readers(job)[0].epoch(0, job.worker_batch_size), 3):
+        reference.step([batch])
+    for table in job.tables:
+        rows, slots = whole_table(shards, table)
+        np.testing.assert_allclose(rows, reference.rows[table], rtol=1e-5, atol=1e-6)
+        want = reference.slots[table]["accumulators"]
+        np.testing.assert_allclose(slots["accumulators"], want, rtol=1e-5, atol=1e-6)
+
+
+def test_lookup_options_give_the_same_bits_on_any_number_of_shards(data: Path) -> None:
+    job = options_job(data)
+    one, three = (train_with_manta(job, n, steps=4) for n in (1, 3))
+    for table in job.tables:
+        (rows, slots), (other_rows, other_slots) = (
+            whole_table(one, table),
+            whole_table(three, table),
+        )
+        assert rows.tobytes() == other_rows.tobytes()
+        assert slots["accumulators"].tobytes() == other_slots["accumulators"].tobytes()
