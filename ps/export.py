@@ -19,6 +19,7 @@ from pathlib import Path
 from typing import Any, Protocol
 from urllib.parse import quote
 
+from ps.columns import Transform
 from ps.config import COMBINERS, Combiner
 from ps.errors import ExportError
 from ps.export_file import RowFile, map_rows, write_rows, writing
@@ -62,8 +63,10 @@ class Export:
     """UTC, ISO 8601."""
     tables: dict[str, ExportTable]
     features: dict[str, FeatureSpec]
+    transforms: dict[str, Transform]
+    """From raw values to ids, by the features that have one."""
     dense_model: dict[str, Any] | None
-    """Name and parameters of the dense model, or None."""
+    """How to build the dense model again, as training describes it; or None."""
     dense_file: Path | None
 
     def dense_variables(self) -> dict[str, F32]:
@@ -108,7 +111,15 @@ class ExportWriter(FolderWriter):
     ...     writer.commit()
     """
 
-    def __init__(self, root: Path, spec: ExportSpec, *, step: int, job: str) -> None:
+    def __init__(
+        self,
+        root: Path,
+        spec: ExportSpec,
+        *,
+        step: int,
+        job: str,
+        transforms: Mapping[str, Transform] | None = None,
+    ) -> None:
         """Name what will be exported; `with` makes the hidden folder.
 
         Raises:
@@ -124,6 +135,7 @@ class ExportWriter(FolderWriter):
         self._spec = spec
         self._step = step
         self._job = job
+        self._transforms = dict(transforms or {})
         self._model: dict[str, Any] | None = None
 
     def row_file(self, table: str) -> RowFile:
@@ -197,6 +209,7 @@ class ExportWriter(FolderWriter):
             "created": datetime.now(UTC).isoformat(timespec="seconds"),
             "tables": tables,
             "features": [asdict(feature) for feature in self._spec.features],
+            "transforms": self._seal_transforms(self._transforms),
             "dense": dense,
         }
 
@@ -224,7 +237,7 @@ def open_export(path: Path, *, verify: bool = False) -> Export:
     values = manifest.values
     entries = [_open_table(manifest, e) for e in manifest.field(values, "tables", list)]
     tables = {table.name: table for table in entries}
-    dense = values.get("dense")
+    features, dense = manifest.features(tables), values.get("dense")
     return Export(
         path=manifest.folder,
         version=manifest.version,
@@ -232,7 +245,8 @@ def open_export(path: Path, *, verify: bool = False) -> Export:
         job=manifest.field(values, "job", str),
         created=manifest.field(values, "created", str),
         tables=tables,
-        features=manifest.features(tables),
+        features=features,
+        transforms=manifest.transforms(features),
         dense_model=None if dense is None else manifest.field(dense, "model", dict),
         dense_file=None if dense is None else manifest.file(dense),
     )

@@ -26,7 +26,8 @@ from urllib.parse import quote
 import numpy as np
 import pyarrow as pa
 
-from ps.errors import StorageError
+from ps.columns import Transform
+from ps.errors import ConfigError, StorageError
 from ps.export_file import RowFile, allocate, sha256, sync, write_text, writing
 from ps.ragged import F32
 from ps.spec import FeatureSpec
@@ -117,6 +118,23 @@ class FolderWriter:
                 row = ([name], [list(value.shape)], [np.ravel(value)])
                 columns = map(pa.array, row, VARIABLES_SCHEMA.types)
                 out.write_batch(pa.record_batch(list(columns), schema=VARIABLES_SCHEMA))
+
+    def _seal_transforms(self, transforms: Mapping[str, Transform]) -> list[dict[str, Any]]:
+        """The manifest's entries of transforms; writes their vocabularies."""
+        entries = []
+        for feature, transform in transforms.items():
+            keys, sealed = transform.vocabulary, None
+            if keys is not None:
+                file = f"vocabularies/{file_name(feature)}.arrow"
+                path = self._folder / file
+                batch = pa.record_batch([keys], names=["key"])
+                with self._kind.errors(), writing(path):
+                    path.parent.mkdir(exist_ok=True)
+                    with pa.ipc.new_file(str(path), batch.schema) as out:
+                        out.write_batch(batch)
+                sealed = self._seal(file)
+            entries.append({"feature": feature, **transform.to_json(), "vocabulary": sealed})
+        return entries
 
     def _seal(self, file: str) -> dict[str, Any]:
         """Make a file durable; its entry in the manifest."""
@@ -220,6 +238,32 @@ class Manifest:
                 )
             features[feature.name] = feature
         return features
+
+    def transforms(self, features: Mapping[str, FeatureSpec]) -> dict[str, Transform]:
+        """The transforms by feature; none in a manifest of before there were any."""
+        found: dict[str, Transform] = {}
+        if "transforms" not in self.values:
+            return found
+        for entry in self.field(self.values, "transforms", list):
+            feature = self.field(entry, "feature", str)
+            if feature not in features:
+                raise self._kind.error(f"{self.where}: a transform of no feature, '{feature}'")
+            sealed, keys = entry.get("vocabulary"), None
+            if sealed is not None:
+                keys = self._vocabulary(self.file(sealed))
+            document = {k: v for k, v in entry.items() if k not in ("feature", "vocabulary")}
+            try:
+                found[feature] = Transform.from_json(document, keys)
+            except ConfigError as e:
+                raise self._kind.error(f"{self.where}: feature '{feature}': {e}") from e
+        return found
+
+    def _vocabulary(self, path: Path) -> pa.Array:
+        try:
+            with pa.memory_map(str(path)) as source:
+                return pa.ipc.open_file(source).read_all()["key"].combine_chunks()
+        except (OSError, KeyError, pa.ArrowException) as e:
+            raise self._kind.error(f"'{path}' does not hold a vocabulary: {e}") from e
 
     def _feature(self, entry: Any) -> FeatureSpec:
         name, table = self.field(entry, "name", str), self.field(entry, "table", str)

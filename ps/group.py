@@ -14,13 +14,14 @@ import ray
 from ps.actor import ShardServer
 from ps.client import DEFAULT_TIMEOUT_S, PendingRows
 from ps.cluster import actor_options, free_resources
+from ps.dense_variables import DenseValues
 from ps.errors import JobError
 from ps.export import ExportWriter
 from ps.messages import Pull, Push, Rows, ShardStats
 from ps.partition import Layout, slices
 from ps.ragged import F32
 from ps.shard import ShardSpec
-from ps.snapshot import DenseValues, Snapshot, SnapshotWriter
+from ps.snapshot import Snapshot, SnapshotWriter
 from ps.spec import EmbeddingSpec
 
 

@@ -112,7 +112,7 @@ def _dataclass(kind: Any, value: Any, path: str) -> Any:
     fields = {f.name: f for f in dataclasses.fields(kind) if f.init}
     for key in value:
         if key not in fields:
-            raise ConfigError(f"{_join(path, key)}: unknown key{_hint(key, fields)}")
+            raise ConfigError(f"{_join(path, key)}: unknown key{hint(key, fields)}")
     missing = [
         name
         for name, f in fields.items()
@@ -136,7 +136,7 @@ def _named(family: Mapping[str, type], value: Any, path: str) -> Any:
     if not isinstance(name, str) or name not in family:
         known = ", ".join(sorted(family))
         raise ConfigError(
-            f"{_join(path, 'name')}: {name!r} is not one of {known}{_hint(str(name), family)}"
+            f"{_join(path, 'name')}: {name!r} is not one of {known}{hint(str(name), family)}"
         )
     return build(family[name], fields, path)
 
@@ -167,7 +167,7 @@ def _choice(choices: Sequence[Any], value: Any, path: str) -> Any:
     if value not in choices:
         names = [str(c) for c in choices]
         raise ConfigError(
-            f"{path}: {value!r} is not one of {', '.join(names)}{_hint(str(value), names)}"
+            f"{path}: {value!r} is not one of {', '.join(names)}{hint(str(value), names)}"
         )
     return value
 
@@ -195,7 +195,8 @@ def _wrong(path: str, wanted: str, value: Any) -> ConfigError:
     return ConfigError(f"{path or 'config'}: wanted {wanted}, got {value!r}")
 
 
-def _hint(name: object, known: Mapping[str, Any] | Sequence[str]) -> str:
+def hint(name: object, known: Mapping[str, Any] | Sequence[str]) -> str:
+    """The end of a message about an unknown name: the nearest known one, or all of them."""
     near = difflib.get_close_matches(str(name), list(known), n=1)
     return f"; did you mean '{near[0]}'?" if near else f"; known: {', '.join(sorted(known))}"
 

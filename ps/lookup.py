@@ -160,7 +160,7 @@ def _bags(feature: FeatureSpec, reader: TableReader, combiner: Combiner, bag: Ra
         _check_kept_ids(reader, bag, feature.max_sequence_length)
         return reader.place(bag, feature.max_sequence_length)
     if feature.validate_weights_and_indices:
-        bag = _pruned(bag, combiner)
+        bag = pruned(bag, combiner)
     return reader.combine(bag, combiner)
 
 
@@ -205,7 +205,8 @@ def _keep(combiner: Combiner, ids: I64, weights: F32 | None) -> Mask:
     return keep
 
 
-def _pruned(bag: Ragged, combiner: Combiner) -> Ragged:
+def pruned(bag: Ragged, combiner: Combiner) -> Ragged:
+    """The bag without ids < 0 and, for mean and sqrtn, what has a weight <= 0 or NaN."""
     keep = _keep(combiner, bag.ids, bag.weights)
     if keep.all():
         return bag

@@ -23,6 +23,8 @@ from typing import Any
 
 import numpy as np
 
+from ps.columns import Transform
+from ps.dense_variables import DenseValues, DenseVariable
 from ps.errors import SnapshotError
 from ps.export import ExportWriter
 from ps.export_file import RowFile, fill_rows, map_rows, open_rows, read_rows, writing
@@ -33,27 +35,6 @@ from ps.spec import EmbeddingSpec, FeatureSpec
 
 SNAPSHOT = Kind("snapshot", SnapshotError, 1, re.compile(r"step-(\d{9,})"), "step-000000123")
 DENSE_FILE = "dense.arrow"
-
-
-@dataclass(frozen=True, slots=True, kw_only=True)
-class DenseVariable:
-    """One variable of the dense model."""
-
-    name: str
-    shape: tuple[int, ...]
-    trainable: bool
-
-
-@dataclass(frozen=True, slots=True, kw_only=True, eq=False)
-class DenseValues:
-    """The flat values of a dense model, as shards hold them."""
-
-    trainable: F32
-    """float32 [P]."""
-    slots: dict[str, F32]
-    """float32 [P] per slot of the dense optimizer; empty if they are not known."""
-    state: F32
-    """float32 [S]: non-trainable values."""
 
 
 @dataclass(frozen=True, slots=True, kw_only=True, eq=False)
@@ -141,6 +122,8 @@ class Snapshot:
     """UTC, ISO 8601."""
     tables: tuple[SnapshotTable, ...]
     features: tuple[FeatureSpec, ...]
+    transforms: dict[str, Transform]
+    """From raw values to ids, by the features that have one."""
     dense: SnapshotDense | None
 
     def table(self, name: str) -> SnapshotTable:
@@ -154,12 +137,22 @@ class SnapshotWriter(FolderWriter):
     Use as a context manager, like `ps.export.ExportWriter`.
     """
 
-    def __init__(self, root: Path, spec: EmbeddingSpec, *, step: int, seed: int, job: str) -> None:
+    def __init__(
+        self,
+        root: Path,
+        spec: EmbeddingSpec,
+        *,
+        step: int,
+        seed: int,
+        job: str,
+        transforms: Mapping[str, Transform] | None = None,
+    ) -> None:
         super().__init__(SNAPSHOT, root)
         self._spec = spec
         self._step = step
         self._seed = seed
         self._job = job
+        self._transforms = dict(transforms or {})
         self._dense: dict[str, Any] | None = None
 
     def row_file(self, table: str) -> RowFile:
@@ -264,6 +257,7 @@ class SnapshotWriter(FolderWriter):
             "created": datetime.now(UTC).isoformat(timespec="seconds"),
             "tables": tables,
             "features": [asdict(feature) for feature in self._spec.features],
+            "transforms": self._seal_transforms(self._transforms),
             "dense": dense,
         }
 
@@ -302,6 +296,7 @@ def open_snapshot(path: Path, *, verify: bool = False) -> Snapshot:
         created=manifest.field(values, "created", str),
         tables=tuple(tables),
         features=tuple(features.values()),
+        transforms=manifest.transforms(features),
         dense=None if dense is None else _open_dense(manifest, dense),
     )
 
@@ -316,7 +311,13 @@ def export_snapshot(snapshot: Snapshot, root: Path) -> Path:
         ExportError: a table has a custom combiner, or the disk refuses.
         SnapshotError: the snapshot is damaged.
     """
-    with ExportWriter(root, snapshot, step=snapshot.step, job=snapshot.job) as writer:
+    with ExportWriter(
+        root,
+        snapshot,
+        step=snapshot.step,
+        job=snapshot.job,
+        transforms=snapshot.transforms,
+    ) as writer:
         for table in snapshot.tables:
             fill_rows(writer.row_file(table.name), partial(read_rows, table.row_file))
         if snapshot.dense is not None:

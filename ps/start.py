@@ -5,9 +5,10 @@ from __future__ import annotations
 import re
 from collections.abc import Sequence
 
+from ps.dense_variables import DenseVariable
 from ps.errors import ConfigError
 from ps.optimizers import Optimizer
-from ps.snapshot import DenseVariable, Snapshot, SnapshotDense
+from ps.snapshot import Snapshot, SnapshotDense
 from ps.spec import EmbeddingSpec, TableSpec
 
 _SLOT_MEANING = ("custom_computation", "multiply_linear_by_learning_rate")

@@ -8,7 +8,7 @@ of `shuffle_rows`. An incomplete last batch is left out in training and padded i
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass
 from pathlib import Path
@@ -21,13 +21,14 @@ from ps.errors import DataError
 from ps.ragged import F32, Ragged
 from workers.columns import bag_column, check_schema, number_column
 from workers.config import DataConfig, FeatureEntry
+from workers.raw_inputs import ColumnInput, Positions
 
 
 @dataclass(frozen=True, slots=True, eq=False)
 class Batch:
     """B examples of one worker."""
 
-    bags: dict[str, Ragged]
+    bags: dict[str, Ragged | Positions]
     """Ids (and weights) per feature."""
     dense: F32
     """float32 [B, number of dense columns]."""
@@ -53,7 +54,8 @@ class ExampleReader:
         self,
         path: Path,
         data: DataConfig,
-        features: dict[str, FeatureEntry],
+        features: Mapping[str, FeatureEntry],
+        columns: Mapping[str, ColumnInput] | None = None,
         *,
         worker: int = 0,
         num_workers: int = 1,
@@ -66,6 +68,7 @@ class ExampleReader:
         """
         self._data = data
         self._features = features
+        self._column_inputs = columns or {}
         self._worker = worker
         self._num_workers = num_workers
         self._seed = seed
@@ -78,14 +81,18 @@ class ExampleReader:
             raise DataError(f"data set {path} has no files")
         for file in files:
             check_schema(file.physical_schema, data, features, Path(file.path))
+            for column in self._column_inputs.values():
+                column.check(file.physical_schema, Path(file.path))
         self._sizes: list[int] = [group.row_groups[0].num_rows for group in self._groups]
         self.num_rows = sum(self._sizes)
         if self.num_rows == 0:
             raise DataError(f"data set {path} has no rows")
-        columns = [data.label, *data.dense]
+        names = [data.label, *data.dense]
         for name, feature in features.items():
-            columns += [feature.column or name] + ([feature.weights] if feature.weights else [])
-        self._columns = list(dict.fromkeys(columns))
+            names += [feature.column or name] + ([feature.weights] if feature.weights else [])
+        for column in self._column_inputs.values():
+            names += column.columns
+        self._columns = list(dict.fromkeys(names))
         self._schema = self._common_schema([file.physical_schema for file in files])
 
     def _common_schema(self, schemas: list[pa.Schema]) -> pa.Schema:
@@ -158,10 +165,12 @@ class ExampleReader:
 
     def _to_batch(self, table: pa.Table, batch_size: int) -> Batch:
         count, missing = table.num_rows, batch_size - table.num_rows
-        bags = {
+        bags: dict[str, Ragged | Positions] = {
             name: _padded(bag_column(table, f.column or name, f.weights), missing)
             for name, f in self._features.items()
         }
+        for name, source in self._column_inputs.items():
+            bags[name] = _all_padded(source.read(table), missing)
         dense = np.zeros((batch_size, len(self._data.dense)), dtype=np.float32)
         for i, column in enumerate(self._data.dense):
             dense[:count, i] = number_column(table, column)
@@ -200,6 +209,13 @@ def _rebatch(
         rest = joined.slice(full)
     if keep_rest and rest is not None and rest.num_rows:
         yield rest
+
+
+def _all_padded(bag: Ragged | Positions, missing: int) -> Ragged | Positions:
+    if not isinstance(bag, Positions) or missing == 0:
+        return _padded(bag, missing) if isinstance(bag, Ragged) else bag
+    length = bag.bags.num_examples // bag.num_examples
+    return Positions(_padded(bag.bags, missing * length), np.pad(bag.lengths, (0, missing)))
 
 
 def _padded(bag: Ragged, missing: int) -> Ragged:

@@ -6,6 +6,7 @@ inside a list is left out together with its weight.
 
 from __future__ import annotations
 
+from collections.abc import Mapping
 from pathlib import Path
 
 import numpy as np
@@ -18,7 +19,7 @@ from workers.config import DataConfig, FeatureEntry
 
 
 def check_schema(
-    schema: pa.Schema, data: DataConfig, features: dict[str, FeatureEntry], path: Path
+    schema: pa.Schema, data: DataConfig, features: Mapping[str, FeatureEntry], path: Path
 ) -> None:
     """Check that every column a job names is there and has a usable type.
 

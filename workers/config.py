@@ -2,17 +2,19 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field, replace
 from pathlib import Path
 from typing import Any, Literal
 
+from ps.columns import ColumnConfigs, Transform, configs_from_columns
 from ps.config import Combiner, CustomCombiner, FeatureConfig, QuantizationConfig, TableConfig
 from ps.errors import ConfigError
 from ps.initializers import Initializer
 from ps.loading import build, load_yaml
 from ps.optimizers import SGD, Optimizer
 from ps.spec import EmbeddingSpec, resolve
+from workers.column_entries import embedding_columns
 from workers.shapes import check_trainable, uses_weights
 
 Loss = Literal["mse", "bce"]
@@ -199,8 +201,11 @@ class JobConfig:
     name: str
     seed: int = 0
     data: DataConfig
-    tables: dict[str, TableEntry]
-    features: dict[str, FeatureEntry]
+    tables: dict[str, TableEntry] = field(default_factory=dict)
+    features: dict[str, FeatureEntry] = field(default_factory=dict)
+    columns: tuple[Any, ...] = ()
+    """Embedding columns: more tables and features, with their raw values; `EmbeddingColumn`s or
+    YAML's mappings of them (`workers.column_entries`)."""
     model: ModelConfig
     train: TrainConfig = field(default_factory=TrainConfig)
     cluster: ClusterConfig = field(default_factory=ClusterConfig)
@@ -209,8 +214,15 @@ class JobConfig:
     def __post_init__(self) -> None:
         if self.seed < 0:
             raise ConfigError(f"seed must be at least 0, got {self.seed}")
-        if not self.features:
+        object.__setattr__(self, "columns", embedding_columns(self.columns))
+        if not self.features and not self.columns:
             raise ConfigError("features: at least one is needed")
+        for column in self.columns:
+            if column.embedding_lookup_device == "cpu":
+                raise ConfigError(
+                    f"columns: '{column.name}' has embedding_lookup_device cpu, which is for "
+                    "serving; training takes tpu_embedding_core or tpu_tensor_core"
+                )
         for name, feature in self.features.items():
             if feature.table not in self.tables:
                 raise ConfigError(
@@ -255,6 +267,20 @@ class JobConfig:
             ),
         )
 
+    def column_configs(self) -> ColumnConfigs:
+        """Tables, features and transforms of the embedding columns.
+
+        Raises:
+            ConfigError: columns that do not go together.
+        """
+        if not self.columns:
+            return ColumnConfigs({}, {}, {})
+        return configs_from_columns(self.columns, self.train.optimizer)
+
+    def transforms(self) -> Mapping[str, Transform]:
+        """From raw values to ids, by the features that have one."""
+        return self.column_configs().transforms
+
     def embedding_spec(self) -> EmbeddingSpec:
         """Tables and features with every default filled in.
 
@@ -266,10 +292,14 @@ class JobConfig:
             name: entry.feature_config(name, tables[entry.table])
             for name, entry in self.features.items()
         }
-        spec = resolve(features, self.train.optimizer)
+        of_columns = self.column_configs().feature_config
+        if both := sorted(features.keys() & of_columns.keys()):
+            raise ConfigError(f"features.{both[0]}: a column is a feature of that name too")
+        spec = resolve({**features, **of_columns}, self.train.optimizer)
         check_trainable(spec, self.worker_batch_size)
         for feature in spec.features:
-            weights = self.features[feature.name].weights
+            entry = self.features.get(feature.name)
+            weights = None if entry is None else entry.weights
             table = spec.table(feature.table)
             if weights and not uses_weights(table, feature, self.worker_batch_size):
                 raise ConfigError(

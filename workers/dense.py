@@ -6,7 +6,6 @@ scratch space; their values arrive with every pull and leave as gradients.
 
 from __future__ import annotations
 
-import itertools
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any
@@ -14,9 +13,9 @@ from typing import Any
 import numpy as np
 import tensorflow as tf
 
+from ps.dense_variables import DenseVariable, describe
 from ps.errors import ConfigError
 from ps.ragged import F32
-from ps.snapshot import DenseVariable
 from workers.batches import Batch
 from workers.config import Loss, ModelConfig
 from workers.device import DeviceCombine
@@ -87,15 +86,7 @@ class DenseStep:
 
     def described(self) -> list[DenseVariable]:
         """What the flat values are, trainable variables first. Equal names get a number."""
-        described: dict[str, DenseVariable] = {}
-        for variables, trainable in ((self._trainable, True), (self._state, False)):
-            for variable in variables:
-                name = getattr(variable, "path", variable.name).removesuffix(":0")
-                numbered = (f"{name}_{number}" if number else name for number in itertools.count())
-                name = next(n for n in numbered if n not in described)
-                shape = tuple(int(size) for size in variable.shape)
-                described[name] = DenseVariable(name=name, shape=shape, trainable=trainable)
-        return list(described.values())
+        return describe(self._trainable, self._state)
 
     def variables(self, dense: F32, state: F32) -> dict[str, F32]:
         """Flat values as named arrays, for an export."""

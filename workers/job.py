@@ -13,12 +13,13 @@ import numpy as np
 import ray
 
 from ps.cluster import actor_options, free_resources, ray_cluster
+from ps.dense_variables import DenseValues
 from ps.errors import JobError, MantaError
 from ps.export import ExportWriter
 from ps.group import ShardGroup
 from ps.messages import ShardStats
 from ps.shard import ShardSpec
-from ps.snapshot import DenseValues, Snapshot, SnapshotWriter
+from ps.snapshot import Snapshot, SnapshotWriter
 from ps.start import check_dense
 from workers.config import JobConfig
 from workers.jobplan import JobPlan, about, plan_job, start_snapshot
@@ -228,7 +229,13 @@ class Run:
         if root is None:
             return None
         dense, _, state = self.shards.read_dense(step)
-        with ExportWriter(root, self.shards.embedding, step=step, job=self.job.name) as writer:
+        with ExportWriter(
+            root,
+            self.shards.embedding,
+            step=step,
+            job=self.job.name,
+            transforms=self.job.transforms(),
+        ) as writer:
             self.shards.write_tables(writer, step)
             named = self._ask(self.workers[0].variables.remote(dense, state))
             writer.add_dense(named, self._model())
@@ -241,7 +248,12 @@ class Run:
             return None
         dense, slots, state = self.shards.read_dense(step)
         with SnapshotWriter(
-            root, self.shards.embedding, step=step, seed=self.job.seed, job=self.job.name
+            root,
+            self.shards.embedding,
+            step=step,
+            seed=self.job.seed,
+            job=self.job.name,
+            transforms=self.job.transforms(),
         ) as writer:
             self.shards.write_tables(writer, step)
             writer.add_dense(

@@ -14,6 +14,7 @@ from ps.snapshot import SNAPSHOT, Snapshot, open_snapshot, snapshot_name
 from ps.start import check_tables
 from workers.batches import ExampleReader
 from workers.config import JobConfig
+from workers.raw_inputs import column_inputs
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -47,8 +48,14 @@ def plan_job(job: JobConfig) -> JobPlan:
         ConfigError: the snapshot to start from does not fit, or an output cannot be kept.
         SnapshotError: the snapshot to start from cannot be read.
     """
+    columns = column_inputs(job.column_configs())
     reader = ExampleReader(
-        job.data.train, job.data, job.features, num_workers=job.cluster.workers, seed=job.seed
+        job.data.train,
+        job.data,
+        job.features,
+        columns,
+        num_workers=job.cluster.workers,
+        seed=job.seed,
     )
     steps = reader.steps_per_epoch(job.worker_batch_size)
     if steps == 0:
@@ -58,7 +65,7 @@ def plan_job(job: JobConfig) -> JobPlan:
         )
     test_rows = 0
     if job.data.test is not None:
-        test_rows = ExampleReader(job.data.test, job.data, job.features).num_rows
+        test_rows = ExampleReader(job.data.test, job.data, job.features, columns).num_rows
     with EXPORT.errors():
         _check_output("export", job.output.export)
     with SNAPSHOT.errors():

@@ -13,7 +13,7 @@ import importlib
 import inspect
 import itertools
 from collections.abc import Callable, Mapping, Sequence
-from dataclasses import asdict, dataclass, field
+from dataclasses import asdict, dataclass, field, replace
 from typing import Any
 
 import numpy as np
@@ -22,6 +22,7 @@ import tensorflow as tf
 from ps.errors import ConfigError
 from ps.spec import EmbeddingSpec
 from workers.config import JobConfig, ModelConfig
+from workers.raw_inputs import length_key
 from workers.shapes import activation_shape
 
 
@@ -31,7 +32,8 @@ class ModelInputs:
 
     activations: Mapping[str, tuple[int, ...]]
     """Shape of each feature's activation without its first axis, the batch: (D,), or (L, D) for
-    sequences."""
+    sequences. Sequences of embedding columns also have their lengths here, float32 () under
+    `<feature>_seq_length_`."""
     num_dense: int
     """Number of dense columns; `dense` is float32 [B, num_dense]."""
     seed: int
@@ -45,7 +47,10 @@ class ModelInputs:
 def job_inputs(job: JobConfig) -> ModelInputs:
     """The inputs of a job's model, on each worker."""
     spec, batch_size = job.embedding_spec(), job.worker_batch_size
-    return model_inputs(spec, batch_size, num_dense=len(job.data.dense), seed=job.seed)
+    inputs = model_inputs(spec, batch_size, num_dense=len(job.data.dense), seed=job.seed)
+    sequences = [f.feature_key for f in job.columns if f.is_sequence]
+    lengths: dict[str, tuple[int, ...]] = {length_key(feature): () for feature in sequences}
+    return replace(inputs, activations={**inputs.activations, **lengths})
 
 
 def model_inputs(spec: EmbeddingSpec, batch_size: int, *, num_dense: int, seed: int) -> ModelInputs:

@@ -22,6 +22,7 @@ from ps.kernels.dedup import first_out_of_range
 from ps.partition import DistinctRows, Layout, distinct_rows
 from ps.ragged import F32, I64, Ragged
 from ps.spec import EmbeddingSpec, FeatureSpec, TableSpec
+from workers.raw_inputs import Positions, lengths
 from workers.shapes import activation_shape, lookup_width, num_positions, uses_weights
 
 I32 = npt.NDArray[np.int32]
@@ -69,6 +70,8 @@ class BatchPlan:
     num_examples: int
     num_ids: int
     """Ids that are looked up."""
+    lengths: dict[str, F32]
+    """float32 [B] by `length_key`, of sequences of embedding columns."""
 
 
 @dataclass(frozen=True, slots=True, eq=False)
@@ -86,7 +89,9 @@ class DeviceInputs:
 NO_DEVICE_INPUTS = DeviceInputs({}, {}, {})
 
 
-def plan_batch(spec: EmbeddingSpec, layout: Layout, bags: Mapping[str, Ragged]) -> BatchPlan:
+def plan_batch(
+    spec: EmbeddingSpec, layout: Layout, bags: Mapping[str, Ragged | Positions]
+) -> BatchPlan:
     """Check the ids of a batch and find its distinct rows, table by table.
 
     Raises:
@@ -106,14 +111,16 @@ def plan_batch(spec: EmbeddingSpec, layout: Layout, bags: Mapping[str, Ragged]) 
         on_device = []
         for feature, bag, part in zip(features, used, parts, strict=True):
             width = lookup_width(table, feature, batch)
-            if width is None:
+            if isinstance(bags[feature.name], Positions):
+                host[feature.name] = _feature_plan(table, feature, bag, part, bag.row_splits)
+            elif width is None:
                 host[feature.name] = _host_plan(table, feature, bag, part)
             else:
                 on_device.append((feature.name, width, bag, part))
         if on_device:
             device[table.name] = _device_plan(table, on_device)
     ordered = tuple(host[f.name] for f in spec.features if f.name in host)
-    return BatchPlan(distinct, ordered, device, batch, num_ids)
+    return BatchPlan(distinct, ordered, device, batch, num_ids, lengths(bags))
 
 
 def quantized(spec: EmbeddingSpec, rows: Mapping[str, F32]) -> dict[str, F32]:
@@ -170,11 +177,14 @@ def row_gradients(
     return rows, out
 
 
-def _used(table: TableSpec, feature: FeatureSpec, bag: Ragged) -> Ragged:
+def _used(table: TableSpec, feature: FeatureSpec, given: Ragged | Positions) -> Ragged:
     """The ids and weights that count, after a check of all ids."""
+    bag = given.bags if isinstance(given, Positions) else given
     bad = first_out_of_range(bag.ids, table.vocabulary_size)
     if bad >= 0:
         raise IdRangeError(feature.name, table.name, int(bag.ids[bad]), table.vocabulary_size)
+    if isinstance(given, Positions):
+        return bag
     batch = bag.num_examples
     weights = bag.weights if uses_weights(table, feature, batch) else None
     length = lookup_width(table, feature, batch) or num_positions(feature, batch)
@@ -192,6 +202,12 @@ def _host_plan(table: TableSpec, feature: FeatureSpec, bag: Ragged, index: I64) 
     if positions:
         filled = np.arange(positions) < np.diff(splits)[:, None]
         splits = np.concatenate([[0], np.cumsum(filled)])
+    return _feature_plan(table, feature, bag, index, splits)
+
+
+def _feature_plan(
+    table: TableSpec, feature: FeatureSpec, bag: Ragged, index: I64, splits: I64
+) -> FeaturePlan:
     # A custom combiner combines bags, on the device; positions of one id are rows as they are.
     code = "sum" if isinstance(table.combiner, CustomCombiner) else table.combiner
     weights = _NO_WEIGHTS if bag.weights is None else bag.weights

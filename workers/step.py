@@ -153,7 +153,8 @@ class StepLoop:
     ) -> tuple[dict[str, F32], DeviceInputs]:
         """What the dense step gets: activations combined here, and rows that it combines."""
         seen = quantized(self._spec, rows)
-        return activations(self._spec, plan, seen), device_inputs(plan, seen)
+        found = activations(self._spec, plan, seen)
+        return {**found, **plan.lengths}, device_inputs(plan, seen)
 
     def _all_epochs(self, reader: ExampleReader, epochs: int) -> Iterator[Batch]:
         for epoch in range(epochs):

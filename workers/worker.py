@@ -9,12 +9,13 @@ from typing import TYPE_CHECKING, Any
 import ray
 
 from ps.client import ShardClient
+from ps.dense_variables import DenseVariable
 from ps.group import RayTransport
 from ps.partition import Layout
 from ps.ragged import F32
-from ps.snapshot import DenseVariable
 from workers.batches import ExampleReader
 from workers.config import JobConfig
+from workers.raw_inputs import column_inputs
 from workers.shapes import device_lookups
 from workers.step import StepLoop, StepReport
 
@@ -113,6 +114,7 @@ class TrainWorker:
             path,
             self._job.data,
             self._job.features,
+            column_inputs(self._job.column_configs()),
             worker=self._worker,
             num_workers=self._job.cluster.workers,
             seed=self._job.seed,

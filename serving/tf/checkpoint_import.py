@@ -9,6 +9,7 @@ from typing import Any, Literal
 import numpy as np
 import tensorflow as tf
 
+from ps.columns import Transform
 from ps.errors import CheckpointError, ConfigError
 from ps.export import ExportWriter
 from ps.export_file import fill_rows
@@ -29,6 +30,7 @@ def import_export(
     attribute: str = "embedding",
     step: int = 0,
     job: str = "import",
+    transforms: Mapping[str, Transform] | None = None,
     model: Any = None,
     model_info: Mapping[str, Any] | None = None,
 ) -> Path:
@@ -41,6 +43,7 @@ def import_export(
         attribute: name of the embedding in the `tf.train.Checkpoint`, or a path.
         step: training steps behind the rows, for the manifest.
         job: name for the manifest.
+        transforms: from raw values to ids, of features of embedding columns.
         model: the dense model with its variables made, saved under `model`; its variables get the
             checkpoint's values. None leaves it out.
         model_info: its `name`, `params` and what else the manifest should say of it; needed with
@@ -57,7 +60,7 @@ def import_export(
     _check_model(model, model_info)
     reader = CheckpointReader(prefix, attribute)
     sources = {table.name: reader.rows(table) for table in spec.tables}
-    with ExportWriter(root, spec, step=step, job=job) as writer:
+    with ExportWriter(root, spec, step=step, job=job, transforms=transforms) as writer:
         for name, read in sources.items():
             fill_rows(writer.row_file(name), read)
         if model is not None and model_info is not None:
@@ -75,6 +78,7 @@ def import_snapshot(
     attribute: str = "embedding",
     step: int = 0,
     job: str = "import",
+    transforms: Mapping[str, Transform] | None = None,
     seed: int = 0,
     slots: Slots = "required",
     model: Any = None,
@@ -89,6 +93,7 @@ def import_snapshot(
         attribute: name of the embedding in the `tf.train.Checkpoint`, or a path.
         step: training steps behind the values; learning rates go on from there.
         job: name for the manifest.
+        transforms: from raw values to ids, of features of embedding columns.
         seed: for the manifest.
         slots: "required", or "initial" to give slots that the checkpoint lacks their first values.
         model: the dense model with its variables made, saved under `model`; its variables get the
@@ -110,7 +115,7 @@ def import_snapshot(
         raise ConfigError(f"`slots` must be 'required' or 'initial', got {slots!r}")
     reader = CheckpointReader(prefix, attribute)
     sources = {t.name: (reader.rows(t), _slot_sources(reader, t, slots)) for t in spec.tables}
-    with SnapshotWriter(root, spec, step=step, seed=seed, job=job) as writer:
+    with SnapshotWriter(root, spec, step=step, seed=seed, job=job, transforms=transforms) as writer:
         for name, (rows, slot_sources) in sources.items():
             fill_rows(writer.row_file(name), rows)
             for slot, file in writer.slot_files(name).items():

@@ -2,14 +2,13 @@
 
 from __future__ import annotations
 
-import itertools
 from typing import Any
 
 import numpy as np
 import tensorflow as tf
 
+from ps.dense_variables import DenseValues, DenseVariable, by_name, describe
 from ps.ragged import F32
-from ps.snapshot import DenseValues, DenseVariable
 
 
 def named_variables(model: Any) -> dict[str, Any]:
@@ -17,22 +16,16 @@ def named_variables(model: Any) -> dict[str, Any]:
 
     The second variable of one name is `<name>_1`.
     """
-    state = [v for v in model.non_trainable_variables if tf.as_dtype(v.dtype).is_floating]
-    named: dict[str, Any] = {}
-    for variable in (*model.trainable_variables, *state):
-        name = getattr(variable, "path", variable.name).removesuffix(":0")
-        numbered = (f"{name}_{number}" if number else name for number in itertools.count())
-        named[next(n for n in numbered if n not in named)] = variable
-    return named
+    return by_name([*model.trainable_variables, *_state(model)])
 
 
 def described(model: Any) -> list[DenseVariable]:
     """What the flat values of a model are."""
-    num_trainable = len(model.trainable_variables)
-    return [
-        DenseVariable(name=name, shape=tuple(variable.shape), trainable=place < num_trainable)
-        for place, (name, variable) in enumerate(named_variables(model).items())
-    ]
+    return describe(model.trainable_variables, _state(model))
+
+
+def _state(model: Any) -> list[Any]:
+    return [v for v in model.non_trainable_variables if tf.as_dtype(v.dtype).is_floating]
 
 
 def flat_values(model: Any) -> DenseValues:

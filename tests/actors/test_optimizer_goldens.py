@@ -13,11 +13,11 @@ import pytest
 
 from ps.client import ShardClient
 from ps.custom_optimizer import CustomOptimizer
+from ps.dense_variables import DenseValues
 from ps.errors import ConfigError
 from ps.group import RayTransport, ShardGroup
 from ps.ragged import F32
 from ps.shard import ShardSpec
-from ps.snapshot import DenseValues
 from tests.support.goldens import (
     DENSE,
     G1,

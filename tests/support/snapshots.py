@@ -7,10 +7,11 @@ from pathlib import Path
 import numpy as np
 
 from ps.config import FTRL, SGD, Adagrad, AdagradMomentum, Adam, FeatureConfig, TableConfig
+from ps.dense_variables import DenseValues, DenseVariable
 from ps.export_file import write_rows
 from ps.optimizers import Optimizer
 from ps.ragged import F32
-from ps.snapshot import DenseValues, DenseVariable, SnapshotWriter
+from ps.snapshot import SnapshotWriter
 from ps.spec import EmbeddingSpec, resolve
 
 OPTIMIZERS: dict[str, Optimizer] = {

@@ -10,7 +10,8 @@ import numpy as np
 import tensorflow as tf
 
 from ps.config import FeatureConfig, TableConfig
-from ps.snapshot import DenseValues, Snapshot, open_snapshot
+from ps.dense_variables import DenseValues
+from ps.snapshot import Snapshot, open_snapshot
 from ps.spec import EmbeddingSpec, resolve
 from serving.tf.checkpoint import write_checkpoint
 from serving.tf.model_variables import described, flat_values

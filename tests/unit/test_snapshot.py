@@ -19,13 +19,14 @@ import pytest
 from ps.actor import ShardServer
 from ps.client import LocalTransport, ShardClient
 from ps.config import FTRL, SGD, Adagrad, Adam, FeatureConfig, TableConfig
+from ps.dense_variables import DenseVariable
 from ps.errors import ConfigError, ExportError, SnapshotError, StorageError
 from ps.export import open_export
 from ps.export_file import RowFile, allocate, open_rows, read_rows, write_rows
 from ps.partition import Layout, div_splits
 from ps.ragged import F32, Ragged
 from ps.shard import ShardSpec, ShardState
-from ps.snapshot import DenseVariable, Snapshot, export_snapshot, open_snapshot
+from ps.snapshot import Snapshot, export_snapshot, open_snapshot
 from ps.spec import EmbeddingSpec, resolve
 from ps.start import check_dense, check_tables, check_variables
 from tests.support.jobs import every_optimizer_job, write_examples
