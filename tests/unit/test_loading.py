@@ -169,13 +169,18 @@ def test_a_value_of_the_wrong_type_is_named(tmp_path: Path, override: str, messa
 
 
 @pytest.mark.parametrize(
-    ("key", "path"),
-    [("name", "name"), ("data", "data"), ("model", "model"), ("features", "features")],
+    ("key", "message"),
+    [
+        ("name", "name: missing"),
+        ("data", "data: missing"),
+        ("model", "model: missing"),
+        ("features", "features: at least one is needed"),
+    ],
 )
-def test_a_missing_key_is_named(tmp_path: Path, key: str, path: str) -> None:
+def test_a_missing_key_is_named(tmp_path: Path, key: str, message: str) -> None:
     file = tmp_path / "job.yaml"
     file.write_text(yaml.safe_dump({k: v for k, v in JOB.items() if k != key}))
-    with pytest.raises(ConfigError, match=f"^{path}: missing$"):
+    with pytest.raises(ConfigError, match=f"^{message}$"):
         load_job(file)
 
 
