@@ -8,7 +8,7 @@ DEMO   := runs/demo
 SOURCES := manta.py $(shell find ps workers serving -name '*.py')
 TESTS   := $(shell find tests -name '*.py') $(wildcard configs/*.yaml) pyproject.toml
 
-.PHONY: demo test retest fast faults check lint types imports format bench install clean
+.PHONY: demo test retest parity fast faults check lint types imports format bench install clean
 
 ## demo: make data, train on 2 shards and 2 workers, export, serve, ask one lookup over HTTP
 demo: $(DEMO)/export/LATEST
@@ -39,6 +39,10 @@ retest:
 $(MADE)/tested: $(MADE)/installed-dev $(SOURCES) $(TESTS)
 	$(BIN)/pytest
 	@touch $@
+
+## parity: all random comparisons with stock TensorFlow, 20 times as many as in `make test`
+parity: $(MADE)/installed-dev
+	MANTA_PARITY=full $(BIN)/pytest -q tests/parity
 
 ## fast: unit tests only, seconds
 fast: $(MADE)/installed-dev

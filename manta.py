@@ -45,6 +45,7 @@ _EXPORTS = {
     "ps.snapshot": ("open_snapshot", "Snapshot", "export_snapshot"),
     "workers.config": ("JobConfig", "load_job"),
     "workers.job": ("train", "TrainResult"),
+    "serving.lookup": ("LookupService", "Raw"),
     "serving.client": ("LookupClient", "AsyncLookupClient"),
     "serving.tf.lookup": ("serving_embedding_lookup",),
     "serving.tf.embedding": ("EmbeddingForServing",),

@@ -22,7 +22,7 @@ from ps.inputs import Bags, Dense
 from serving import problems, schema
 from serving.json_body import parse_request, render_response
 from serving.limits import Limits
-from serving.lookup import LookupService, activation_shape
+from serving.lookup import LookupService, Raw, activation_shape
 from serving.problems import ProblemError, from_input_error, problem_response
 
 LARGE_BODY_BYTES = 64 * 1024
@@ -33,7 +33,7 @@ LARGE_AT_A_TIME = 2
 """Large requests in work at one time; others wait."""
 T = TypeVar("T")
 _log = logging.getLogger(__name__)
-_Inputs = dict[str, Dense | Bags]
+_Inputs = dict[str, Dense | Bags | Raw]
 
 
 class _App(FastAPI):
@@ -132,7 +132,7 @@ class _Routes:
         return _json(self._service, {"version": export.version, "tables": tables})
 
     async def model(self) -> Response:
-        """What is served: version, training step, features."""
+        """What is served: version, training step, features and what they take."""
         export = self._service.export
         dense = export.dense_model
         features = [
@@ -142,6 +142,7 @@ class _Routes:
                 "dim": self._service.dim(feature),
                 "max_sequence_length": feature.max_sequence_length,
                 "shape": activation_shape(feature, self._service.dim(feature)),
+                "values": self._values(feature.name),
             }
             for feature in export.features.values()
         ]
@@ -163,6 +164,12 @@ class _Routes:
         """Whether lookups are answered; the tables were opened before the app existed."""
         return _json(self._service, {"status": "ready"})
 
+    def _values(self, feature: str) -> str:
+        transform = self._service.export.transforms.get(feature)
+        if transform is None:
+            return "ids"
+        return "strings" if transform.takes_strings else "integers"
+
     async def _body(self, request: Request) -> bytes:
         announced = request.headers.get("content-length", "")
         if announced.isdecimal():
@@ -178,7 +185,7 @@ class _Routes:
         return await anyio.to_thread.run_sync(function, *args, limiter=self._large)
 
     def _parse(self, body: bytes) -> _Inputs:
-        return parse_request(body, self._limits.max_ids)
+        return parse_request(body, self._limits.max_ids, self._service.export.transforms)
 
     def _check_length(self, size: int) -> None:
         limit = self._limits.max_body_bytes
@@ -205,8 +212,8 @@ def _check_headers(request: Request) -> None:
 
 def _answer(service: LookupService, inputs: _Inputs) -> Response:
     export = service.export
-    outputs = service.lookup(inputs)
-    return _respond(service, render_response(export.version, export.step, outputs))
+    outputs, lengths = service.lookup_with_lengths(inputs)
+    return _respond(service, render_response(export.version, export.step, outputs, lengths))
 
 
 def _json(service: LookupService, body: dict[str, Any]) -> Response:

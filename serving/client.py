@@ -17,11 +17,13 @@ import numpy.typing as npt
 import orjson
 
 from ps.errors import InputError, ServerError, ServerUnavailableError
-from ps.ragged import F32, Ragged
+from ps.ragged import F32, I64, Ragged
 
-Ids = Sequence[int] | Sequence[Sequence[int]] | npt.NDArray[np.integer[Any]] | Ragged
-"""One id per example (flat), or bags (nested lists, `Ragged`)."""
-Weights = Mapping[str, Sequence[Sequence[float]]]
+Value = int | str | None
+"""An id, or a raw value of a feature with a column; None is no raw value."""
+Ids = Sequence[Value] | Sequence[Sequence[Value]] | npt.NDArray[Any] | Ragged | Mapping[str, object]
+"""One value per example (flat), or bags (nested lists, `Ragged`, columns as JSON has them)."""
+Weights = Mapping[str, Sequence[float | None] | Sequence[Sequence[float | None]]]
 _POLL_S = 0.1
 _JSON = {"Content-Type": "application/json"}
 
@@ -59,9 +61,11 @@ class LookupClient:
         """Activations of the given features.
 
         Args:
-            inputs: ids by feature: a flat list or array is one id per example; nested lists or a
-                `Ragged` are bags.
-            weights: weights of nested lists, in the same nesting; those of a `Ragged` are in it.
+            inputs: ids, or raw values of features with a column, by feature: a flat list or array
+                is one per example; nested lists, a `Ragged` of ids or a dict of `values` and
+                `row_splits` are bags.
+            weights: weights of lists, in the same nesting; those of a `Ragged` are in it, those of
+                a dict are its `weights`.
 
         Returns:
             float32 [B, D] by feature, [B, L, D] for a sequence feature. What the server computed
@@ -72,11 +76,25 @@ class LookupClient:
             ServerError: the server refused; its `detail` says why.
             ServerUnavailableError: no answer.
         """
+        return self.lookup_with_lengths(inputs, weights)[0]
+
+    def lookup_with_lengths(
+        self, inputs: Mapping[str, Ids], weights: Weights | None = None
+    ) -> tuple[dict[str, F32], dict[str, I64]]:
+        """`lookup`, and the lengths of sequences of raw values.
+
+        Returns:
+            (what `lookup` returns, int64 [B] by feature, only of those that are sequences of raw
+            values: steps up to the last one with a value, at most L).
+
+        Raises:
+            as `lookup`.
+        """
         answer = self._request("POST", "/v1/lookup", encode_request(inputs, weights))
-        outputs = decode_outputs(answer)
+        outputs, lengths = decode_outputs(answer)
         if any(output.size == 0 for output in outputs.values()):
-            return with_shapes(outputs, self.model())
-        return outputs
+            outputs = with_shapes(outputs, self.model())
+        return outputs, lengths
 
     def tables(self) -> list[dict[str, Any]]:
         """The served tables: name, vocabulary_size, dim, combiner, size_bytes, features."""
@@ -143,11 +161,17 @@ class AsyncLookupClient:
         self, inputs: Mapping[str, Ids], weights: Weights | None = None
     ) -> dict[str, F32]:
         """See `LookupClient.lookup`."""
+        return (await self.lookup_with_lengths(inputs, weights))[0]
+
+    async def lookup_with_lengths(
+        self, inputs: Mapping[str, Ids], weights: Weights | None = None
+    ) -> tuple[dict[str, F32], dict[str, I64]]:
+        """See `LookupClient.lookup_with_lengths`."""
         answer = await self._request("POST", "/v1/lookup", encode_request(inputs, weights))
-        outputs = decode_outputs(answer)
+        outputs, lengths = decode_outputs(answer)
         if any(output.size == 0 for output in outputs.values()):
-            return with_shapes(outputs, await self.model())
-        return outputs
+            outputs = with_shapes(outputs, await self.model())
+        return outputs, lengths
 
     async def tables(self) -> list[dict[str, Any]]:
         """See `LookupClient.tables`."""
@@ -216,10 +240,12 @@ def decode(response: httpx.Response) -> dict[str, Any]:
     raise ServerError(response.status_code, title, str(problem.get("detail", response.text[:200])))
 
 
-def decode_outputs(answer: dict[str, Any]) -> dict[str, F32]:
-    """The activations of a lookup's answer; null becomes NaN."""
+def decode_outputs(answer: dict[str, Any]) -> tuple[dict[str, F32], dict[str, I64]]:
+    """The activations and lengths of a lookup's answer; null becomes NaN."""
     try:
-        return {name: np.array(v, dtype=np.float32) for name, v in answer["outputs"].items()}
+        outputs = {name: np.array(v, dtype=np.float32) for name, v in answer["outputs"].items()}
+        lengths = answer.get("lengths", {}).items()
+        return outputs, {name: np.array(v, dtype=np.int64) for name, v in lengths}
     except (KeyError, AttributeError, TypeError, ValueError) as e:
         raise ServerError(200, "Unexpected answer", f"no activations in it: {e!r}") from e
 
@@ -239,12 +265,14 @@ def _encode(name: str, ids: Ids) -> object:
         return columns if ids.weights is None else columns | {"weights": ids.weights}
     if not isinstance(ids, np.ndarray):
         return ids
-    if ids.ndim != 1 or (ids.size and ids.dtype.kind not in "iu"):
+    if ids.ndim != 1 or (ids.size and ids.dtype.kind not in "iuUTO"):
         raise InputError(
-            f"feature '{name}': an array must hold integers in one dimension, got {ids.dtype} "
-            f"{list(ids.shape)}; use nested lists or a Ragged for bags",
+            f"feature '{name}': an array must hold integers or strings in one dimension, got "
+            f"{ids.dtype} {list(ids.shape)}; use nested lists or a Ragged for bags",
             name,
         )
+    if ids.dtype.kind in "UTO":
+        return ids.tolist()  # JSON checks what is in it
     return np.ascontiguousarray(ids, dtype=ids.dtype.newbyteorder("=")) if ids.size else []
 
 

@@ -49,7 +49,7 @@ def serve_command(
         try:
             typer.echo(f"serving {opened.job} {opened.version} (step {opened.step}) at {url}")
             if check:
-                _example_lookup(url, opened)
+                example_lookup(url, opened)
             else:
                 with _stop_signal() as stop:
                     typer.echo("Ctrl-C stops it")
@@ -58,17 +58,22 @@ def serve_command(
             undeploy()
 
 
-def _example_lookup(url: str, export: Any) -> None:
-    """Ask the server for the first row of every feature, and show question and answer."""
+def example_lookup(url: str, export: Any) -> None:
+    """Ask the server for one example of every feature, and show question and answer."""
     from serving.client import LookupClient
+    from serving.lookup import example_input
 
-    inputs = {
+    inputs: dict[str, Any] = {
         name: [[0]] if feature.max_sequence_length else [0]
         for name, feature in export.features.items()
     }
+    raw = {name: example_input(transform) for name, transform in export.transforms.items()}
+    inputs |= {name: value.values for name, value in raw.items()}
+    weights = {name: value.weights for name, value in raw.items() if value.weights is not None}
     with LookupClient(url) as client:
-        outputs = client.lookup(inputs)
-    typer.echo(f"LookupClient('{url}').lookup({inputs})")
+        outputs = client.lookup(inputs, weights)
+    more_arguments = f", {weights}" if weights else ""
+    typer.echo(f"LookupClient('{url}').lookup({inputs}{more_arguments})")
     for name, values in outputs.items():
         numbers = ", ".join(f"{x:.4f}" for x in values.reshape(-1)[:4])
         more = ", …" if values.size > 4 else ""
@@ -94,7 +99,7 @@ def _stop_signal() -> Iterator[threading.Event]:
 def lookup_command(
     inputs: Annotated[
         list[str],
-        typer.Argument(help="FEATURE=IDS, e.g. user=1,2 or 'genres=[[0,3],[5]]'."),
+        typer.Argument(help="FEATURE=IDS, e.g. user=1,2, 'genres=[[0,3],[5]]' or 'city=\"Rome\"'."),
     ],
     url: Annotated[str, typer.Option(help="Where the server is.")] = "http://127.0.0.1:8000",
 ) -> None:

@@ -1,7 +1,8 @@
-"""JSON bodies: request bytes to ids and bags, activations to response bytes.
+"""JSON bodies: request bytes to ids, bags and raw values, activations to response bytes.
 
-A flat list is one id per example; a list of lists, or an object of columns, is bags. Values are
-checked a column at a time, because a validator per number costs more than the lookup.
+A flat list is one id, or one raw value, per example; a list of lists, or an object of columns, is
+bags. Values are checked a column at a time, because a validator per number costs more than the
+lookup.
 """
 
 from __future__ import annotations
@@ -12,10 +13,13 @@ from typing import Any, NoReturn
 
 import numpy as np
 import orjson
+import pyarrow as pa
 
+from ps.columns import RawValues, Transform
 from ps.errors import InputError
 from ps.inputs import Bags, Dense
 from ps.ragged import F32, I64, Ragged
+from serving.lookup import Raw
 from serving.problems import INVALID_INPUT, MALFORMED_JSON, TOO_LARGE, ProblemError
 
 Place = Callable[[int], str]
@@ -26,12 +30,15 @@ _SPARE_VALUES = 65_536
 """JSON values, and objects, that a request may hold besides its ids, bags and weights."""
 
 
-def parse_request(body: bytes, max_ids: int) -> dict[str, Dense | Bags]:
+def parse_request(
+    body: bytes, max_ids: int, transforms: Mapping[str, Transform]
+) -> dict[str, Dense | Bags | Raw]:
     """The inputs of a lookup request.
 
     Args:
-        body: `{"inputs": {feature: ids}, "weights": {feature: weights}}`.
-        max_ids: ids plus bags allowed over all features.
+        body: `{"inputs": {feature: values}, "weights": {feature: weights}}`.
+        max_ids: ids or raw values, plus bags, allowed over all features.
+        transforms: of the features that take raw values; all others take ids.
 
     Raises:
         ProblemError: with the status, feature and field that are wrong.
@@ -48,7 +55,7 @@ def parse_request(body: bytes, max_ids: int) -> dict[str, Dense | Bags]:
     for name in weights:
         if name not in inputs:
             raise _invalid(name, f"weights.{name}", "weights were given, but no ids in `inputs`")
-    reader = _Reader(max_ids)
+    reader = _Reader(max_ids, transforms)
     return {name: reader.read(name, value, weights.get(name)) for name, value in inputs.items()}
 
 
@@ -56,7 +63,8 @@ def _check_density(body: bytes, max_ids: int) -> None:
     """Refuse what would fill memory when parsed: 16 MiB of `{},` become 600 MiB of objects.
 
     Every JSON value stands behind a comma or an opening bracket. An id takes one, a bag two, and
-    their weights as many again.
+    their weights as many again. Commas and brackets inside strings count too: telling them apart
+    would cost as much as parsing.
     """
     num_objects = body.count(b"{")
     num_values = body.count(b",") + body.count(b"[") + num_objects
@@ -65,71 +73,83 @@ def _check_density(body: bytes, max_ids: int) -> None:
         raise ProblemError(TOO_LARGE, detail)
 
 
-def render_response(version: str, step: int, outputs: Mapping[str, F32]) -> bytes:
-    """The answer; NaN and infinities, which JSON cannot express, become null."""
-    return orjson.dumps(
-        {"version": version, "step": step, "outputs": outputs}, option=orjson.OPT_SERIALIZE_NUMPY
-    )
+def render_response(
+    version: str, step: int, outputs: Mapping[str, F32], lengths: Mapping[str, I64]
+) -> bytes:
+    """The answer; NaN and infinities, which JSON cannot express, become null.
+
+    Args:
+        version: of the export.
+        step: of the export.
+        outputs: activations by feature.
+        lengths: of sequences of raw values; the key is left out if there are none.
+    """
+    answer = {"version": version, "step": step, "outputs": outputs}
+    if lengths:
+        answer["lengths"] = lengths
+    return orjson.dumps(answer, option=orjson.OPT_SERIALIZE_NUMPY)
 
 
 class _Reader:
-    """Reads feature after feature and counts their ids."""
+    """Reads feature after feature and counts their ids and raw values."""
 
-    def __init__(self, max_ids: int) -> None:
+    def __init__(self, max_ids: int, transforms: Mapping[str, Transform]) -> None:
         self._max_ids = max_ids
         self._left = max_ids
+        self._transforms = transforms
 
-    def read(self, name: str, value: object, weights: object) -> Dense | Bags:
-        """One feature's ids."""
+    def read(self, name: str, value: object, weights: object) -> Dense | Bags | Raw:
+        """One feature's ids or raw values."""
+        transform = self._transforms.get(name)
+        column = _Ids(name) if transform is None else _RawColumn(name, transform.takes_strings)
         if isinstance(value, dict):
             if weights is not None:
                 raise _invalid(name, f"weights.{name}", "weights of columns belong beside `values`")
-            return Bags(self._columns(name, value))
+            return self._columns(column, value)
         if not isinstance(value, list):
             raise _invalid(
                 name, f"inputs.{name}", f"must be a list or an object, got {_show(value)}"
             )
         kinds = set(map(type, value))
         if kinds == {list}:
-            return Bags(self._bags(name, value, weights))
+            return self._bags(column, value, weights)
         if list in kinds:
-            _refuse_mixture(name, value)
-        if weights is not None:
-            raise _invalid(
-                name, f"weights.{name}", f"Weight specified for {name}, but input is dense"
-            )
+            _refuse_mixture(name, value, column.noun)
         self._count(len(value), name)
-        return Dense(_ids(value, name, lambda i: f"inputs.{name}[{i}]"))
+        return column.flat(value, weights)
 
-    def _bags(self, name: str, rows: list[list[Any]], weights: object) -> Ragged:
-        splits = _splits(rows)
+    def _bags(
+        self, column: _Ids | _RawColumn, rows: list[list[Any]], weights: object
+    ) -> Bags | Raw:
+        name, splits = column.name, _splits(rows)
         self._count(int(splits[-1]) + len(rows), name)
-        ids = _ids(list(chain.from_iterable(rows)), name, _nested(f"inputs.{name}", splits))
+        values = column.values(list(chain.from_iterable(rows)), _nested(f"inputs.{name}", splits))
         if weights is None:
-            return Ragged(ids, splits)
+            return column.bags(values, splits, None)
+        field = f"weights.{name}"
         if not isinstance(weights, list) or any(type(row) is not list for row in weights):
-            raise _invalid(name, f"weights.{name}", "must be a list of lists, like the ids")
+            raise _invalid(name, field, f"must be a list of lists, like the {column.noun}s")
         self._count(len(weights), name)
         if not np.array_equal(_splits(weights), splits):
-            raise _invalid(name, f"weights.{name}", _mismatch(rows, weights))
+            raise _invalid(name, field, _mismatch(rows, weights, column.noun))
         flat = list(chain.from_iterable(weights))
-        return Ragged(ids, splits, _weights(flat, name, _nested(f"weights.{name}", splits)))
+        return column.bags(values, splits, column.weights(flat, _nested(field, splits)))
 
-    def _columns(self, name: str, columns: dict[str, Any]) -> Ragged:
-        field = f"inputs.{name}"
+    def _columns(self, column: _Ids | _RawColumn, columns: dict[str, Any]) -> Bags | Raw:
+        name, field = column.name, f"inputs.{column.name}"
         required = ("values", "row_splits")
         _check_keys(columns, (*required, "weights"), required, field + ".", name)
-        for key, column in columns.items():
-            if not isinstance(column, list) and not (key == "weights" and column is None):
-                raise _invalid(name, f"{field}.{key}", f"must be a list, got {_show(column)}")
+        for key, numbers in columns.items():
+            if not isinstance(numbers, list) and not (key == "weights" and numbers is None):
+                raise _invalid(name, f"{field}.{key}", f"must be a list, got {_show(numbers)}")
         self._count(len(columns["values"]) + len(columns["row_splits"]), name)
-        ids = _ids(columns["values"], name, lambda i: f"{field}.values[{i}]")
+        values = column.values(columns["values"], lambda i: f"{field}.values[{i}]")
         splits = _ids(columns["row_splits"], name, lambda i: f"{field}.row_splits[{i}]")
         weights = columns.get("weights")
         if weights is not None:
-            weights = _weights(weights, name, lambda i: f"{field}.weights[{i}]")
+            weights = column.weights(weights, lambda i: f"{field}.weights[{i}]")
         try:
-            return Ragged(ids, splits, weights)
+            return column.bags(values, splits, weights)
         except InputError as e:
             raise _invalid(name, field, e.message) from None
 
@@ -138,6 +158,94 @@ class _Reader:
         if self._left < 0:
             detail = f"the request has more than {self._max_ids} ids and bags; send fewer at a time"
             raise ProblemError(TOO_LARGE, detail, name)
+
+
+class _Ids:
+    """The values of a feature that takes ids."""
+
+    noun = "id"
+    """For error messages; of raw values it is "value"."""
+
+    def __init__(self, name: str) -> None:
+        self.name = name
+
+    def flat(self, values: list[Any], weights: object) -> Dense:
+        """One id per example."""
+        name = self.name
+        if weights is not None:
+            raise _invalid(
+                name, f"weights.{name}", f"Weight specified for {name}, but input is dense"
+            )
+        return Dense(self.values(values, lambda i: f"inputs.{name}[{i}]"))
+
+    def values(self, values: list[Any], place: Place) -> I64:
+        """Checked ids."""
+        return _ids(values, self.name, place)
+
+    def weights(self, weights: list[Any], place: Place) -> Any:
+        """float32, checked."""
+        return _weights(weights, self.name, place)
+
+    def bags(self, values: I64, splits: I64, weights: F32 | None) -> Bags:
+        """What `values` and `weights` gave, in CSR form."""
+        return Bags(Ragged(values, splits, weights))
+
+
+class _RawColumn:
+    """The values of a feature with a transform: strings or integers, null for none.
+
+    A flat list is a dense input of `ps.columns.raw`, bags are a sparse one. Weights stay a list,
+    because an array's dtype would have to be the one that the column declares.
+    """
+
+    noun = "value"
+
+    def __init__(self, name: str, strings: bool) -> None:
+        self.name = name
+        self._strings = strings
+
+    def flat(self, values: list[Any], weights: object) -> Raw:
+        """At most one value per example."""
+        name, field = self.name, f"weights.{self.name}"
+        array = self.values(values, lambda i: f"inputs.{name}[{i}]")
+        if weights is None:
+            return Raw(array)
+        if not isinstance(weights, list) or len(weights) != len(values):
+            raise _invalid(name, field, f"must be a list of {len(values)} weights, like the values")
+        return Raw(array, self.weights(weights, lambda i: f"{field}[{i}]"))
+
+    def values(self, values: list[Any], place: Place) -> pa.Array:
+        """Checked values."""
+        wanted = str if self._strings else int
+        if not set(map(type, values)) <= {wanted, type(None)}:
+            i = next(i for i, v in enumerate(values) if type(v) not in (wanted, type(None)))
+            if not self._strings:
+                _refuse_id(values[i], self.name, place(i))
+            raise _invalid(self.name, place(i), f"must be a string, got {_show(values[i])}")
+        try:
+            return pa.array(values, type=pa.large_string() if self._strings else pa.int64())
+        except OverflowError:
+            numbers = enumerate(values)
+            i = next(i for i, v in numbers if v is not None and v > _INT64.max)
+            _refuse_id(values[i], self.name, place(i))
+
+    def weights(self, weights: list[Any], place: Place) -> Any:
+        """The list, checked; null goes with a value that is null."""
+        _weights([0 if w is None else w for w in weights], self.name, place)
+        return weights
+
+    def bags(self, values: pa.Array, splits: I64, weights: list[Any] | None) -> Raw:
+        """What `values` and `weights` gave, in CSR form.
+
+        Raises:
+            InputError: the splits or weights do not fit the values.
+        """
+        Ragged(np.zeros(len(values), dtype=np.int64), splits)  # refuses what does not fit
+        if weights is None:
+            return Raw(RawValues(values, splits))
+        if len(weights) != len(values):
+            raise InputError(f"got {len(weights)} weights for {len(values)} values")
+        return Raw(RawValues(values, splits), RawValues(weights, splits))
 
 
 def _ids(values: list[Any], name: str, place: Place) -> I64:
@@ -184,17 +292,17 @@ def _nested(field: str, splits: I64) -> Place:
     return place
 
 
-def _mismatch(rows: list[list[Any]], weights: list[list[Any]]) -> str:
+def _mismatch(rows: list[list[Any]], weights: list[list[Any]], noun: str) -> str:
     if len(rows) != len(weights):
-        return f"must have {len(rows)} lists, like the ids, got {len(weights)}"
+        return f"must have {len(rows)} lists, like the {noun}s, got {len(weights)}"
     i = next(i for i, (row, w) in enumerate(zip(rows, weights, strict=True)) if len(row) != len(w))
-    found = f"list {i} has {len(rows[i])} ids and {len(weights[i])} weights"
-    return f"must have one weight per id, but {found}"
+    found = f"list {i} has {len(rows[i])} {noun}s and {len(weights[i])} weights"
+    return f"must have one weight per {noun}, but {found}"
 
 
-def _refuse_mixture(name: str, value: list[Any]) -> NoReturn:
+def _refuse_mixture(name: str, value: list[Any], noun: str) -> NoReturn:
     i = next(i for i, item in enumerate(value) if type(item) is not list)
-    rule = "must be a list of ids, as its neighbours are"
+    rule = f"must be a list of {noun}s, as its neighbours are"
     raise _invalid(name, f"inputs.{name}[{i}]", f"{rule}, got {_show(value[i])}")
 
 

@@ -14,7 +14,7 @@ class Limits:
     max_body_bytes: int = 16 * 2**20
     """Length of the body; checked while it arrives."""
     max_ids: int = 1_000_000
-    """Ids plus bags, over all features."""
+    """Ids or raw values, plus bags, over all features."""
     max_values: int = 2**25
     """float32 numbers in the answer, over all features (2²⁵ are 128 MiB)."""
 

@@ -9,17 +9,35 @@ from __future__ import annotations
 import difflib
 import math
 from collections.abc import Mapping
+from dataclasses import dataclass
+from typing import Any, cast
 
 import numpy as np
 
+from ps.columns import RawValues, Steps, Transform, lookup_steps
 from ps.errors import InputError
 from ps.export import Export
 from ps.inputs import Bags, Dense, Input
 from ps.lookup import is_sequence, lookup, lookup_shape
-from ps.ragged import F32, Ragged
+from ps.ragged import F32, I64, Ragged
 from ps.spec import FeatureSpec
 
 _LONGEST_NAME = 200
+
+
+@dataclass(frozen=True, slots=True, eq=False)
+class Raw:
+    """Raw values of B examples, for a feature with a transform."""
+
+    values: Any
+    """Strings or integers, in any form of `ps.columns.raw`: flat is one value per example, nested
+    is any number of them; a list, a NumPy or Arrow array, or `RawValues`."""
+    weights: Any = None
+    """Weights in such a form: needed by a weighted column, refused by any other."""
+
+
+AnyInput = Input | Bags | Raw
+"""What a service takes: raw values, or ids."""
 
 
 class UnknownFeatureError(InputError):
@@ -33,32 +51,61 @@ class LookupService:
         self.export = export
         self._warm_up()
 
-    def lookup(self, inputs: Mapping[str, Input | Bags]) -> dict[str, F32]:
+    def lookup(self, inputs: Mapping[str, AnyInput]) -> dict[str, F32]:
         """Activations of the given features, in their order.
 
         Args:
             inputs: by feature name; each form of input has its own rules, see `ps.lookup.lookup`.
-                HTTP sends `Dense` and `Bags`. Any subset of the features will do.
+                `Raw` is for features with a transform, which take ids as well. HTTP sends `Dense`,
+                `Bags` and `Raw`. Any subset of the features will do.
 
         Returns:
-            float32 arrays, of the shapes that `ps.lookup.lookup` says.
+            float32 arrays, of the shapes that `ps.lookup.lookup` says. Of `Raw` [B, D], or
+            [B, L, D] for sequences.
 
         Raises:
             UnknownFeatureError: there is no such feature.
             InputError: ids outside their table, or a form that the feature does not take.
         """
-        return {name: self._lookup_one(self.feature(name), ids) for name, ids in inputs.items()}
+        return self.lookup_with_lengths(inputs)[0]
 
-    def num_values(self, inputs: Mapping[str, Input | Bags]) -> int:
-        """How many float32 numbers `lookup` would return.
+    def lookup_with_lengths(
+        self, inputs: Mapping[str, AnyInput]
+    ) -> tuple[dict[str, F32], dict[str, I64]]:
+        """`lookup`, and the lengths of sequences of raw values.
+
+        Returns:
+            (what `lookup` returns, int64 [B] by feature, only of those that are sequences of raw
+            values: steps up to the last one with a value, at most L).
+
+        Raises:
+            as `lookup`.
+        """
+        outputs: dict[str, F32] = {}
+        lengths: dict[str, I64] = {}
+        for name, value in inputs.items():
+            feature = self.feature(name)
+            if not isinstance(value, Raw):
+                outputs[name] = self._lookup_ids(feature, value)
+                continue
+            found = self._transformed(feature, value)
+            if isinstance(found, Steps):
+                outputs[name] = self._lookup_steps(feature, found)
+                lengths[name] = np.minimum(found.lengths, feature.max_sequence_length)
+            else:
+                outputs[name] = self._lookup_ids(feature, found)
+        return outputs, lengths
+
+    def num_values(self, inputs: Mapping[str, AnyInput]) -> int:
+        """How many float32 numbers `lookup` would return, if it returned.
 
         Raises:
             UnknownFeatureError: there is no such feature.
-            InputError: a `Ragged` that does not fit its feature's `output_shape`.
+            InputError: a `Ragged` that does not fit its feature's `output_shape`, or a `Raw` that
+                is no array.
         """
         return sum(
-            math.prod(lookup_shape(feature, self.dim(feature), ids))
-            for feature, ids in ((self.feature(name), ids) for name, ids in inputs.items())
+            math.prod(self._shape(self.feature(name), value)) for name, value in inputs.items()
         )
 
     def feature(self, name: str) -> FeatureSpec:
@@ -76,9 +123,42 @@ class LookupService:
         """Length D of the feature's rows."""
         return self.export.tables[feature.table].dim
 
-    def _lookup_one(self, feature: FeatureSpec, ids: Input | Bags) -> F32:
+    def _shape(self, feature: FeatureSpec, value: AnyInput) -> tuple[int, ...]:
+        dim = self.dim(feature)
+        if not isinstance(value, Raw):
+            return lookup_shape(feature, dim, value)
+        return (
+            _num_examples(feature, value),
+            *cast("list[int]", activation_shape(feature, dim)[1:]),
+        )
+
+    def _lookup_ids(self, feature: FeatureSpec, ids: Input | Bags) -> F32:
         table = self.export.tables[feature.table]
         return lookup(feature, table.name, table.combiner, table.rows_VD, ids)
+
+    def _lookup_steps(self, feature: FeatureSpec, steps: Steps) -> F32:
+        table = self.export.tables[feature.table]
+        length = feature.max_sequence_length
+        return lookup_steps(feature, table.combiner, table.rows_VD, steps, length)
+
+    def _transformed(self, feature: FeatureSpec, raw: Raw) -> Bags | Steps:
+        """The ids of raw values.
+
+        Raises:
+            InputError: the feature has no transform, or what its transform refuses.
+        """
+        transform = self.export.transforms.get(feature.name)
+        if transform is None:
+            raise _refusal(feature, "takes ids: it has no column that raw values could go through")
+        features = {transform.column.key: raw.values}
+        if raw.weights is not None:
+            if transform.weight_key is None:
+                raise _refusal(feature, "was given weights, but its column is not a weighted one")
+            features[transform.weight_key] = raw.weights
+        try:
+            return transform.steps(features) if transform.sequence else Bags(transform(features))
+        except InputError as e:
+            raise _refusal(feature, f"cannot be transformed: {e.message}") from None
 
     def _warm_up(self) -> None:
         """Compile or load every kernel, so that the first request does not wait for it."""
@@ -88,10 +168,22 @@ class LookupService:
         for table in list(self.export.tables.values())[:1]:
             combined = FeatureSpec(name="", table=table.name)
             sequence = FeatureSpec(name="", table=table.name, max_sequence_length=1)
-            self._lookup_one(combined, Dense(flat))
-            self._lookup_one(combined, bag)
-            self._lookup_one(combined, weighted)
-            self._lookup_one(sequence, bag)
+            self._lookup_ids(combined, Dense(flat))
+            self._lookup_ids(combined, bag)
+            self._lookup_ids(combined, weighted)
+            self._lookup_ids(sequence, bag)
+        for name, transform in self.export.transforms.items():
+            self.lookup({name: example_input(transform)})
+
+
+def example_input(transform: Transform) -> Raw:
+    """One example with one value that JSON can hold: the first of a vocabulary, else any."""
+    keys = transform.vocabulary
+    value: object = "a" if transform.takes_strings else 0
+    if keys is not None:
+        first = keys[0].as_py()
+        value = first.decode(errors="replace") if isinstance(first, bytes) else first
+    return Raw([[value]], None if transform.weight_key is None else [[1]])
 
 
 def activation_shape(feature: FeatureSpec, dim: int) -> list[int | None]:
@@ -107,3 +199,16 @@ def _unknown(name: str, known: list[str]) -> str:
     listed = ", ".join(f"'{n}'" for n in names) + more
     hint = f"did you mean {listed}?" if near else f"the model has {listed or 'no features'}"
     return f"unknown feature '{shown}'; {hint}"
+
+
+def _num_examples(feature: FeatureSpec, raw: Raw) -> int:
+    values = raw.values
+    try:
+        return len(values.row_splits) - 1 if isinstance(values, RawValues) else len(values)
+    except TypeError:
+        shown = type(values).__name__
+        raise _refusal(feature, f"must have values for each example, got a {shown}") from None
+
+
+def _refusal(feature: FeatureSpec, what: str) -> InputError:
+    return InputError(f"feature '{feature.name}' {what}", feature.name)

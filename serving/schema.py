@@ -6,7 +6,7 @@ models describe. Only this module uses pydantic.
 
 from __future__ import annotations
 
-from typing import Any
+from typing import Any, Literal
 
 from pydantic import BaseModel, ConfigDict, Field
 from pydantic.json_schema import models_json_schema
@@ -16,23 +16,34 @@ class _Body(BaseModel):
     model_config = ConfigDict(extra="forbid")
 
 
-class Columns(_Body):
-    """Bags of ids as columns: example b owns `values[row_splits[b]:row_splits[b + 1]]`."""
+_Value = int | str | None
+"""An id, or a raw value of the kind that `/v1/model` tells; null is no raw value, and no id."""
 
-    values: list[int]
+
+class Columns(_Body):
+    """Bags as columns: example b owns `values[row_splits[b]:row_splits[b + 1]]`."""
+
+    values: list[_Value]
     row_splits: list[int] = Field(min_length=1, description="Starts at 0, ends at len(values).")
-    weights: list[float] | None = Field(None, description="One per value; absent is all ones.")
+    weights: list[float | None] | None = Field(
+        None,
+        description="One per value; absent is all ones, unless the feature's column is weighted. "
+        "Null goes with a raw value that is null.",
+    )
 
 
 class LookupRequest(_Body):
-    """Ids by feature; any subset of the model's features."""
+    """Ids or raw values by feature; any subset of the model's features."""
 
-    inputs: dict[str, list[int] | list[list[int]] | Columns] = Field(
-        description="A list is one id per example; a list of lists, or columns, is bags.",
-        examples=[{"user": [1, 2], "genres": [[4, 7], []]}],
+    inputs: dict[str, list[_Value] | list[list[_Value]] | Columns] = Field(
+        description="A list is one id or value per example; a list of lists, or columns, is bags. "
+        "Strings, or integers for ids, as `values` in `/v1/model` tells; null is no raw value.",
+        examples=[{"user": [1, 2], "genres": [[4, 7], []], "city": ["Rome", None]}],
     )
-    weights: dict[str, list[list[float]] | None] | None = Field(
-        None, description="Weights of features given as lists of lists, in the same nesting."
+    weights: dict[str, list[float | None] | list[list[float | None]] | None] | None = Field(
+        None,
+        description="Weights of features given as lists, in the same nesting; flat lists of ids "
+        "have none. Null goes with a raw value that is null.",
     )
 
 
@@ -43,6 +54,11 @@ class LookupResponse(_Body):
     step: int
     outputs: dict[str, list[list[float | None]] | list[list[list[float | None]]]] = Field(
         description="NaN and infinities, which JSON cannot express, are null."
+    )
+    lengths: dict[str, list[int]] = Field(
+        default_factory=dict,
+        description="Of sequences of raw values: steps up to the last one with a value, at most L. "
+        "Absent if there are none.",
     )
 
 
@@ -72,6 +88,9 @@ class Feature(_Body):
     dim: int
     max_sequence_length: int
     shape: list[int | None] = Field(description="Of the answer to bags; null is their number.")
+    values: Literal["ids", "strings", "integers"] = Field(
+        description="What it takes: ids of its table, or raw strings or integers."
+    )
 
 
 class Model(_Body):

@@ -149,7 +149,8 @@ def present_weights(raw: RawInput, dtype: str, key: str) -> tuple[npt.NDArray[An
         raise InputError(f"Bad dtype, expected {dtype}, but got {found}. key: {key}", key)
     valid = _not_null(raw.values)
     values = pc.fill_null(raw.values, 0) if raw.values.null_count else raw.values
-    weights = values.to_numpy(zero_copy_only=False).astype(np.float32)
+    with np.errstate(over="ignore"):  # beyond float32 is infinity, as in TensorFlow
+        weights = values.to_numpy(zero_copy_only=False).astype(np.float32)
     if raw.dense:
         valid &= weights != 0
     return weights[valid], valid

@@ -381,7 +381,7 @@ def test_a_bug_of_ours_is_500_without_a_stack_trace(
     def broken(self: LookupService, inputs: object) -> None:
         raise RuntimeError("secret")
 
-    monkeypatch.setattr(LookupService, "lookup", broken)
+    monkeypatch.setattr(LookupService, "lookup_with_lengths", broken)
     response = post(create_app(service), {"inputs": {"user": [0]}})
     problem(response, 500, "internal-error")
     assert "secret" not in response.text
@@ -426,6 +426,7 @@ def test_the_model_is_described(app: FastAPI) -> None:
         "dim": 2,
         "max_sequence_length": 0,
         "shape": [None, 2],
+        "values": "ids",
     }
 
 

@@ -7,6 +7,7 @@ import pickle
 import subprocess
 import sys
 from collections.abc import Callable, Mapping
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -15,11 +16,13 @@ import numpy as np
 import pytest
 
 from ps.errors import InputError, ServerError, ServerUnavailableError
+from ps.export import Export
 from ps.ragged import F32, Ragged
 from serving.app import create_app
 from serving.client import AsyncLookupClient, LookupClient
+from serving.commands import example_lookup
 from serving.lookup import LookupService
-from tests.support.exports import small_export
+from tests.support.exports import raw_export, small_export
 
 URL = "http://manta"
 
@@ -62,6 +65,16 @@ def async_call(transport: Transport, method: str, *args: Any) -> Any:
 @pytest.fixture(scope="module")
 def server(tmp_path_factory: pytest.TempPathFactory) -> Bridge:
     return Bridge(create_app(LookupService(small_export(tmp_path_factory.mktemp("export")))))
+
+
+@pytest.fixture(scope="module")
+def raw_service(tmp_path_factory: pytest.TempPathFactory) -> LookupService:
+    return LookupService(raw_export(tmp_path_factory.mktemp("export")))
+
+
+@pytest.fixture(scope="module")
+def raw_server(raw_service: LookupService) -> Bridge:
+    return Bridge(create_app(raw_service))
 
 
 @pytest.fixture(params=[sync_call, async_call], ids=["sync", "async"])
@@ -113,6 +126,43 @@ def test_ids_may_come_in_any_integer_form(server: Bridge, call: Call, ids: Any) 
     check(call(server, "lookup", {"user": ids}), {"user": [[1, 2], [9, 10]]})
 
 
+@pytest.mark.parametrize(
+    "values",
+    [
+        ["drama", "комедия", "zz", None],
+        ("drama", "комедия", "zz", ""),
+        np.array(["drama", "комедия", "zz", ""]),
+        np.array(["drama", "комедия", "zz", ""], dtype=np.dtypes.StringDType()),
+        np.array(["drama", "комедия", "zz", None], dtype=object),
+        [["drama"], ["комедия"], ["zz", "zzz"], []],
+        {"values": ["drama", "комедия"], "row_splits": np.array([0, 1, 2, 2, 2])},
+    ],
+)
+def test_strings_may_come_in_any_form(raw_server: Bridge, call: Call, values: Any) -> None:
+    found = call(raw_server, "lookup", {"genre": values})
+    check(found, {"genre": [[1, 2], [3, 4], [0, 0], [0, 0]]})
+
+
+def test_raw_integers_and_their_weights_are_looked_up(raw_server: Bridge, call: Call) -> None:
+    inputs = {"shop": np.array([4, -1], dtype=np.int32), "tag": [[10, 20], []]}
+    found = call(raw_server, "lookup", inputs, {"tag": [[2, 3], []]})
+    check(found, {"shop": [[9, 10], [0, 0]], "tag": [[2.2, 3.2], [0, 0]]})
+
+
+def test_lengths_of_sequences_are_asked_for_with_the_activations(
+    raw_server: Bridge, call: Call
+) -> None:
+    inputs = {"steps": [["a", "b", "c"], [], ["zz"]], "user": [0], "clicks": []}
+    outputs, lengths = call(raw_server, "lookup_with_lengths", inputs)
+    shapes = {name: output.shape for name, output in outputs.items()}
+    assert shapes == {"steps": (3, 2, 2), "user": (1, 2), "clicks": (0, 3, 2)}
+    assert {name: (n.dtype, n.tolist()) for name, n in lengths.items()} == {
+        "steps": (np.int64, [2, 0, 1]),
+        "clicks": (np.int64, []),
+    }
+    assert call(raw_server, "lookup_with_lengths", {"user": [0]})[1] == {}
+
+
 def test_no_examples_keep_the_shape_of_the_others(server: Bridge, call: Call) -> None:
     empty = Ragged.from_lists([])
     inputs = {"user": [], "genres": np.zeros(0), "words": empty, "watched": empty, "raw": [[]]}
@@ -149,7 +199,10 @@ def test_a_refusal_is_a_server_error_with_its_detail(
 @pytest.mark.parametrize(
     ("ids", "message"),
     [
-        (np.array([1.0]), "must hold integers in one dimension, got float64"),
+        (np.array([1.0]), "must hold integers or strings in one dimension, got float64"),
+        (np.array([b"a"]), "must hold integers or strings in one dimension, got |S1"),
+        (np.array([["a"]]), r"one dimension, got <U1 \[1, 1\]; use nested lists or a Ragged"),
+        (np.array([{1}], dtype=object), "cannot be sent as JSON"),
         (np.array([[1]]), r"one dimension, got int64 \[1, 1\]; use nested lists or a Ragged"),
         ([2**70], "cannot be sent as JSON"),
         ([{1}], "cannot be sent as JSON"),
@@ -177,7 +230,13 @@ def test_an_answer_of_another_program_is_a_server_error(
 
 
 @pytest.mark.parametrize(
-    "body", [b"{}", b'{"outputs": 3}', b'{"outputs": {"user": [[1], [2, 3]]}}']
+    "body",
+    [
+        b"{}",
+        b'{"outputs": 3}',
+        b'{"outputs": {"user": [[1], [2, 3]]}}',
+        b'{"outputs": {}, "lengths": 3}',
+    ],
 )
 def test_an_answer_without_activations_is_a_server_error(call: Call, body: bytes) -> None:
     other = httpx.MockTransport(lambda request: httpx.Response(200, content=body))
@@ -204,6 +263,26 @@ def test_null_becomes_nan(call: Call) -> None:
     body = b'{"outputs": {"user": [[null, 1.5]]}}'
     other = httpx.MockTransport(lambda request: httpx.Response(200, content=body))
     check(call(other, "lookup", {"user": [0]}), {"user": [[np.nan, 1.5]]})
+
+
+@pytest.mark.parametrize("export", [small_export, raw_export])
+def test_serve_check_asks_for_an_example_of_every_feature(
+    tmp_path: Path,
+    monkeypatch: pytest.MonkeyPatch,
+    capsys: pytest.CaptureFixture[str],
+    export: Callable[[Path], Export],
+) -> None:
+    opened = export(tmp_path)
+    bridge = Bridge(create_app(LookupService(opened)))
+    monkeypatch.setattr("serving.client.LookupClient", partial(LookupClient, transport=bridge))
+    example_lookup(URL, opened)
+    question, *answers = capsys.readouterr().out.splitlines()
+    assert question.startswith(f"LookupClient('{URL}').lookup({{")
+    assert {line.split(":")[0].strip() for line in answers} == set(opened.features)
+    if opened.transforms:
+        assert "'genre': [['drama']]" in question
+        assert "'tag': [[1]]" in question
+        assert "  genre: float32 [1, 2] [1.0000, 2.0000]" in answers
 
 
 def test_the_client_imports_neither_ray_nor_arrow_nor_numba_nor_the_server() -> None:
