@@ -42,7 +42,7 @@ $(MADE)/tested: $(MADE)/installed-dev $(SOURCES) $(TESTS)
 
 ## parity: all random comparisons with stock TensorFlow, 20 times as many as in `make test`
 parity: $(MADE)/installed-dev
-	MANTA_PARITY=full $(BIN)/pytest -q tests/parity
+	MANTA_PARITY=full $(BIN)/pytest -q -o timeout=1800 tests/parity
 
 ## fast: unit tests only, seconds
 fast: $(MADE)/installed-dev

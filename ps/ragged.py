@@ -138,7 +138,8 @@ def as_weights(values: npt.ArrayLike) -> F32:
         raise InputError(f"weights must have one dimension, got shape {list(array.shape)}")
     if array.size and array.dtype.kind not in "iuf":
         raise InputError(f"weights must be numbers, got {array.dtype}")
-    return np.ascontiguousarray(array, dtype=np.float32)
+    with np.errstate(over="ignore"):  # beyond float32 is infinity, as in TensorFlow
+        return np.ascontiguousarray(array, dtype=np.float32)
 
 
 def _splits(rows: Sequence[Sequence[object]]) -> I64:
