@@ -36,8 +36,10 @@ retest:
 	@rm -f $(MADE)/tested
 	@$(MAKE) --no-print-directory test
 
+# Tests without Ray run in two processes; those with Ray start processes of their own.
 $(MADE)/tested: $(MADE)/installed-dev $(SOURCES) $(TESTS)
-	$(BIN)/pytest
+	$(BIN)/pytest -n 2 --dist loadfile tests/unit tests/parity ps workers serving
+	$(BIN)/pytest tests/actors tests/faults tests/e2e
 	@touch $@
 
 ## parity: all random comparisons with stock TensorFlow, 20 times as many as in `make test`

@@ -256,6 +256,11 @@ class Manifest:
                 found[feature] = Transform.from_json(document, keys)
             except ConfigError as e:
                 raise self._kind.error(f"{self.where}: feature '{feature}': {e}") from e
+            if found[feature].sequence != (features[feature].max_sequence_length > 0):
+                raise self._kind.error(
+                    f"{self.where}: feature '{feature}': its transform and its max_sequence_length "
+                    "do not agree on whether it is a sequence"
+                )
         return found
 
     def _vocabulary(self, path: Path) -> pa.Array:

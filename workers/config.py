@@ -295,6 +295,12 @@ class JobConfig:
         of_columns = self.column_configs().feature_config
         if both := sorted(features.keys() & of_columns.keys()):
             raise ConfigError(f"features.{both[0]}: a column is a feature of that name too")
+        for column in self.columns:
+            if column.is_sequence and column.sequence_length_key in {**features, **of_columns}:
+                raise ConfigError(
+                    f"features.{column.sequence_length_key}: the model gets the lengths of column "
+                    f"'{column.name}' by this name"
+                )
         spec = resolve({**features, **of_columns}, self.train.optimizer)
         check_trainable(spec, self.worker_batch_size)
         for feature in spec.features:

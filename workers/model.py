@@ -19,10 +19,10 @@ from typing import Any
 import numpy as np
 import tensorflow as tf
 
+from ps.columns import length_key
 from ps.errors import ConfigError
 from ps.spec import EmbeddingSpec
 from workers.config import JobConfig, ModelConfig
-from workers.raw_inputs import length_key
 from workers.shapes import activation_shape
 
 
@@ -48,8 +48,10 @@ def job_inputs(job: JobConfig) -> ModelInputs:
     """The inputs of a job's model, on each worker."""
     spec, batch_size = job.embedding_spec(), job.worker_batch_size
     inputs = model_inputs(spec, batch_size, num_dense=len(job.data.dense), seed=job.seed)
-    sequences = [f.feature_key for f in job.columns if f.is_sequence]
-    lengths: dict[str, tuple[int, ...]] = {length_key(feature): () for feature in sequences}
+    sequences = {column.feature_key for column in job.columns if column.is_sequence}
+    lengths: dict[str, tuple[int, ...]] = {
+        length_key(feature.name): () for feature in spec.features if feature.name in sequences
+    }
     return replace(inputs, activations={**inputs.activations, **lengths})
 
 

@@ -13,7 +13,7 @@ from pathlib import Path
 import numpy as np
 import pyarrow as pa
 
-from ps.columns import ColumnConfigs, Steps, Transform
+from ps.columns import ColumnConfigs, Steps, Transform, length_key
 from ps.config import Combiner
 from ps.errors import DataError, InputError
 from ps.lookup import pruned
@@ -111,11 +111,6 @@ def column_inputs(configs: ColumnConfigs) -> dict[str, ColumnInput]:
             feature.max_sequence_length,
         )
     return inputs
-
-
-def length_key(feature: str) -> str:
-    """Where the model finds the lengths of a sequence, as TensorFlow names them."""
-    return f"{feature}_seq_length_"
 
 
 def lengths(bags: Mapping[str, Ragged | Positions]) -> dict[str, F32]:

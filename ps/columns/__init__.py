@@ -22,7 +22,7 @@ from ps.columns.factories import (
 )
 from ps.columns.layers import input_layer, lookup_steps, pad_to_width, sequence_input_layer
 from ps.columns.raw import RawValues
-from ps.columns.steps import Steps
+from ps.columns.steps import Steps, length_key
 from ps.columns.transform import Transform
 
 __all__ = [
@@ -41,6 +41,7 @@ __all__ = [
     "EmbeddingColumn",
     "RawValues",
     "Steps",
+    "length_key",
     "Transform",
     "ColumnConfigs",
     "configs_from_columns",

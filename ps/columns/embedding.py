@@ -12,6 +12,7 @@ from dataclasses import dataclass
 from functools import cached_property
 from typing import Any
 
+from ps.columns.steps import length_key
 from ps.columns.stock import is_categorical, is_sequence, is_weighted
 from ps.columns.transform import Transform
 from ps.errors import ConfigError
@@ -98,7 +99,7 @@ class EmbeddingColumn:
     @property
     def sequence_length_key(self) -> str:
         """`<feature key>_seq_length_`, under which TensorFlow passes the lengths of sequences."""
-        return f"{self.feature_key}_seq_length_"
+        return length_key(self.feature_key)
 
     @property
     def is_sequence(self) -> bool:

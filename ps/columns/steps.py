@@ -57,6 +57,11 @@ class Steps:
         return Ragged(ids, self.row_splits)
 
 
+def length_key(feature: str) -> str:
+    """Where a model finds the lengths of a sequence, as TensorFlow names them."""
+    return f"{feature}_seq_length_"
+
+
 def kept_before(present: Mask) -> I64:
     """int64 [N + 1]: how many of the first n values are there."""
     kept = np.zeros(present.size + 1, dtype=np.int64)

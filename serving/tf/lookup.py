@@ -17,6 +17,7 @@ import tensorflow as tf
 
 from ps.errors import ConfigError, InputError
 from ps.inputs import Dense, Ragged, Sparse
+from ps.partition import div_splits
 from ps.spec import FeatureSpec, feature_spec
 from ps.structures import check_same_structure, flatten, pack_like, select
 from serving.tf.mapped import as_tensors, lookup_mapped
@@ -147,8 +148,18 @@ def _is_mapped(table: Any) -> bool:
 
 
 def _shards(table: Any) -> list[Any]:
+    """Row shards, cut as TensorFlow's operators take them for granted; empty ones left out."""
     parts = table if isinstance(table, list | tuple) else [table]
-    return [tf.convert_to_tensor(p) if isinstance(p, np.ndarray) else p for p in parts]
+    shards = [tf.convert_to_tensor(p) if isinstance(p, np.ndarray) else p for p in parts]
+    counts = [shard.shape[0] for shard in shards]
+    if len(shards) < 2 or None in counts:
+        return shards
+    wanted = np.diff(div_splits(sum(counts), len(counts))).tolist()
+    if counts != wanted:
+        raise InputError(
+            f"row shards have {counts} rows, wanted {wanted}: equal, longer ones first"
+        )
+    return [shard for shard, count in zip(shards, counts, strict=True) if count] or shards[:1]
 
 
 @dataclass(frozen=True, slots=True)

@@ -78,6 +78,13 @@ def _check_shapes(feature: FeatureSpec, dim: int, ids: Any, weights: Any) -> Non
         count, wanted = weights.values.shape, ids.values.shape
         if not count.is_compatible_with(wanted):
             raise InputError(f"got {count} weights for {wanted} ids", feature.name)
+        raw = not feature.validate_weights_and_indices and ids.shape.rank in (1, 2)
+        if raw and not weights.indices.shape.is_compatible_with(ids.indices.shape):
+            raise InputError(
+                f"weights of shape {weights.shape} do not have the rank of the ids, {ids.shape}: "
+                "without validation they are incompatible",
+                feature.name,
+            )
     shape = feature.output_shape
     if isinstance(ids, tf.RaggedTensor) and shape is not None:
         batch = ids.shape[0]

@@ -3,7 +3,7 @@
 What reads it (TensorFlow Serving, `tf.saved_model.load`) needs no Manta. A SavedModel holds its
 tables as variables: writing one takes memory of the size of all tables plus one more copy of the
 largest, loading one the size of all tables, and its folder as much disk again. An export that is
-served by memory mapping has no such limit.
+served by memory mapping has no such limit. Vocabularies of raw values are constants of its graph.
 
 The variables are `embedding_api/<table>` and the model's own below `model/`, so that
 `tf.train.Checkpoint(embedding_api=TPUEmbeddingForServing(…), model=…)` reads `variables/variables`.
@@ -20,12 +20,14 @@ from typing import Any
 
 import tensorflow as tf
 
+from ps.columns import length_key
 from ps.errors import ConfigError, ExportError
 from ps.export import Export, ExportTable
 from ps.export_file import sync
 from ps.lookup import is_sequence
 from serving.lookup import activation_shape
 from serving.tf.model_variables import named_variables
+from serving.tf.raw_ids import RawIds, raw_ids
 from serving.tf.signatures import (
     FeatureInput,
     Ids,
@@ -33,6 +35,7 @@ from serving.tf.signatures import (
     NumberColumns,
     check_names,
     feature_inputs,
+    input_name,
 )
 
 MAX_BYTES = 8 << 30
@@ -41,6 +44,8 @@ EXAMPLES = "examples"
 """Name of the input of `serialized_examples`."""
 PREDICTIONS = "predictions"
 """Name of the output with a dense model."""
+PROBABILITIES = "probabilities"
+"""Name of another, their sigmoid, if it was trained with `loss: bce`."""
 
 
 def write_saved_model(
@@ -56,7 +61,8 @@ def write_saved_model(
 
     It has two signatures, both for any number B of examples:
 
-    * `serving_default`. Inputs by `inputs[feature]`, "ragged" if it is not named there:
+    * `serving_default`. Inputs by `inputs[feature]`, "ragged" (or "ragged_weighted" for raw values
+      with weights) if it is not named there:
       "dense" takes `<feature>` int64 [B], one id per example;
       "ragged" takes bags, `<feature>` int64 [N] and `<feature>_row_splits` int64 [B + 1];
       "sparse" takes bags, `<feature>` int64 [N], `<feature>_indices` int64 [N, 2] and
@@ -66,6 +72,11 @@ def write_saved_model(
       int64 `<feature>` (exactly one for "dense") and, where weighted, of floats
       `<feature>_weights`. An example without them has an empty bag. The numbers of `dense`, floats
       under the names of their inputs, must be there.
+
+    A feature with a transform takes raw values in place of ids, strings or int64, and its weights,
+    if it has any, are int64 where the column says integers. Its keys of a `tf.Example` are the
+    column's. In "dense" form -1 or "", or an example without the value, is an empty bag; in the
+    others every value counts. Sequences take one value per step; an unknown one is a step of zeros.
 
     Bags follow the rules of `ps.inputs.Bags`, as over HTTP, in every form; coordinates of
     "sparse" must be in row order if the feature does not validate.
@@ -81,26 +92,33 @@ def write_saved_model(
         max_bytes: limit of the rows of all tables, for they must fit memory.
 
     Returns:
-        `folder`. Outputs with a model: `predictions` float32 [B], as the model gives them (logits,
-        where it was trained with `loss: bce`). Without: one per feature, by its name, float32
-        [B, D], or [B, L, D] for a sequence feature.
+        `folder`. Outputs with a model: `predictions` float32 [B], as the model gives them, and, if
+        it was trained with `loss: bce`, `probabilities` float32 [B], for predictions are logits
+        then. Without: one per feature, by its name, float32 [B, D], or [B, L, D] for a sequence
+        feature. Sequences of raw values also have `<feature>_seq_length_` [B], steps up to the last
+        one that has a value, at most L: an int64 output, or a float32 activation of the model.
 
     Raises:
         ConfigError: `inputs`, `dense` or the model do not fit the export.
-        ExportError: the folder exists, the disk refuses, the tables exceed `max_bytes`, or the
-            model's variables are not those of the export.
+        ExportError: the folder exists, the disk refuses, the tables exceed `max_bytes` or the
+            vocabularies 1 GiB, or the model's variables are not those of the export.
     """
     folder = Path(folder).absolute()
-    features, numbers = feature_inputs(export.features, inputs or {}), NumberColumns(dense)
+    features = feature_inputs(export.features, export.transforms, inputs or {})
+    numbers = NumberColumns(dense)
     check_names([*features.values(), numbers])
     _check(export, folder, numbers, model, max_bytes)
+    raw = raw_ids(export)
     root = tf.Module()
     if model is not None:
         _build(model, export, numbers.count)
         load_dense_variables(model, export)
         root.model = _stand_in(model, {})
     root.embedding_api = _embedding(export)
-    graph = _Graph(export, root.embedding_api, features, numbers, model)
+    root.vocabularies = {
+        name: ids.vocabulary for name, ids in raw.items() if ids.vocabulary is not None
+    }
+    graph = _Graph(export, root.embedding_api, features, raw, numbers, model)
     signatures = {
         "serving_default": graph.serving_default().get_concrete_function(),
         "serialized_examples": graph.serialized_examples().get_concrete_function(),
@@ -151,12 +169,14 @@ class _Graph:
         export: Export,
         embedding: Any,
         features: Mapping[str, FeatureInput],
+        raw: Mapping[str, RawIds],
         numbers: NumberColumns,
         model: Any,
     ) -> None:
         self._export = export
         self._embedding = embedding
         self._features = features
+        self._raw = raw
         self._numbers = numbers
         self._model = model
 
@@ -183,25 +203,34 @@ class _Graph:
 
         return tf.function(serve, input_signature=[tf.TensorSpec([None], tf.string, name=EXAMPLES)])
 
-    def _answer(self, ids: Mapping[str, Ids], numbers: Callable[[Any], Any]) -> dict[str, Any]:
-        activations = self._lookup(ids)
+    def _answer(self, given: Mapping[str, Ids], numbers: Callable[[Any], Any]) -> dict[str, Any]:
+        ids = {**given, **{name: to_ids(given[name]) for name, to_ids in self._raw.items()}}
+        found = self._lookup(ids)
+        lengths = {
+            length_key(name): ids[name].lengths
+            for name in self._features
+            if ids[name].lengths is not None
+        }
         if self._model is None:
-            return activations
-        batch = tf.shape(next(iter(activations.values())))[0]
-        predictions = self._model(activations, numbers(batch), training=False)
-        return {PREDICTIONS: tf.reshape(predictions, [-1])}
+            return found | lengths
+        batch = tf.shape(next(iter(found.values())))[0]
+        found |= {name: tf.cast(length, tf.float32) for name, length in lengths.items()}
+        predictions = tf.reshape(self._model(found, numbers(batch), training=False), [-1])
+        if (self._export.dense_model or {}).get("loss") != "bce":
+            return {PREDICTIONS: predictions}
+        return {PREDICTIONS: predictions, PROBABILITIES: tf.sigmoid(predictions)}
 
     def _lookup(self, ids: Mapping[str, Ids]) -> dict[str, Any]:
         found = self._embedding.embedding_lookup(
-            {name: pair[0] for name, pair in ids.items()},
-            {name: pair[1] for name, pair in ids.items()},
+            {name: found.ids for name, found in ids.items()},
+            {name: found.weights for name, found in ids.items()},
         )
         activations = {}
         for name, feature in self._export.features.items():
             out = found[name]
-            if isinstance(ids[name][0], tf.SparseTensor) and not is_sequence(feature):
+            if isinstance(ids[name].ids, tf.SparseTensor) and not is_sequence(feature):
                 # Without validation TensorFlow forgets the empty examples at the end.
-                missing = ids[name][0].dense_shape[0] - tf.shape(out, tf.int64)[0]
+                missing = ids[name].ids.dense_shape[0] - tf.shape(out, tf.int64)[0]
                 out = tf.pad(out, [[0, missing], [0, 0]])
             dim = self._export.tables[feature.table].dim
             activations[name] = tf.ensure_shape(out, activation_shape(feature, dim))
@@ -263,9 +292,14 @@ def _embedding(export: Export) -> Any:
         },
         optimizer=None,
     )
-    with tf.device("CPU"):
+    with tf.device("CPU"), tf.variable_creator_scope(_with_allowed_name):
         embedding.build()
     return embedding
+
+
+def _with_allowed_name(create: Callable[..., Any], **options: Any) -> Any:
+    """TensorFlow saves no variable with a blank in its name; keys in the files are the tables'."""
+    return create(**{**options, "name": input_name(options["name"])})
 
 
 def _rows_of(table: ExportTable) -> Callable[..., Any]:
@@ -281,6 +315,9 @@ def _build(model: Any, export: Export, num_dense: int) -> None:
         name: activation_shape(feature, export.tables[feature.table].dim)
         for name, feature in export.features.items()
     }
+    for name, transform in export.transforms.items():
+        if transform.sequence:
+            shapes[length_key(name)] = [None]
     example = {name: tf.zeros([1, *shape[1:]]) for name, shape in shapes.items()}
     try:
         model(example, tf.zeros([1, num_dense]), training=False)

@@ -124,7 +124,6 @@ def test_ids_behind_the_max_valency_are_left_out() -> None:
         ("no.such.module:function", r"tables.t.combiner no.such.module:function"),
         (lambda valency: valency, r"table 't': its custom combiner: .*positional argument"),
     ],
-    ids=str,
 )
 def test_a_custom_combiner_that_cannot_work_is_found_before_training(
     function: Any, fragment: str

@@ -20,6 +20,7 @@ from hypothesis import strategies as st
 from ps.config import COMBINERS, FeatureConfig, TableConfig
 from ps.errors import ConfigError, ExportError, InputError
 from ps.export import Export, ExportWriter, open_export, write_rows
+from ps.inputs import Bags, Dense
 from ps.ragged import F32, Ragged
 from ps.spec import resolve
 from serving.lookup import LookupService
@@ -182,7 +183,9 @@ def test_both_signatures_answer_as_the_lookup_service(
     @given(requests(names, form.endswith("_weighted")))
     def check(inputs: dict[str, Any]) -> None:
         try:
-            wanted = service.lookup(inputs)
+            wanted = service.lookup(
+                {n: Dense(i) if isinstance(i, np.ndarray) else Bags(i) for n, i in inputs.items()}
+            )
         except InputError:
             for serve in (saved.serve, saved.serve_examples):
                 with pytest.raises(tf.errors.InvalidArgumentError):

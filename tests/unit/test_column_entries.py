@@ -164,3 +164,15 @@ def test_a_feature_and_a_column_of_one_name_are_refused(tmp_path: Path) -> None:
 def test_a_job_needs_a_feature_or_a_column(tmp_path: Path) -> None:
     with pytest.raises(ConfigError, match="features: at least one is needed"):
         job_of(tmp_path, [])
+
+
+def test_a_feature_with_the_name_of_a_sequences_lengths_is_refused(tmp_path: Path) -> None:
+    seen = {**USER, "name": "sequence_categorical_column_with_identity", "key": "seen"}
+    columns = [
+        {"categorical_column": seen, "dimension": 4, "max_sequence_length": 3},
+        {"categorical_column": {**USER, "key": "seen_seq_length_"}, "dimension": 4},
+    ]
+    with pytest.raises(
+        ConfigError, match=r"features\.seen_seq_length_: the model gets the lengths"
+    ):
+        job_of(tmp_path, columns)

@@ -16,6 +16,7 @@ from ps.columns import (
     categorical_column_with_vocabulary_list,
     configs_from_columns,
     embedding_column,
+    length_key,
     sequence_categorical_column_with_identity,
     sequence_categorical_column_with_vocabulary_list,
     weighted_categorical_column,
@@ -28,7 +29,7 @@ from ps.spec import resolve
 from workers.batches import ExampleReader
 from workers.config import DataConfig
 from workers.plan import activations, plan_batch, row_gradients
-from workers.raw_inputs import Positions, column_inputs, length_key
+from workers.raw_inputs import Positions, column_inputs
 
 ROWS = np.arange(1, 11, dtype=np.float32).reshape(5, 2)
 WORDS = ["a", "b", "c", "d", "e"]

@@ -39,7 +39,6 @@ def spec_of(table: dict[str, Any] | None = None, **feature: Any) -> EmbeddingSpe
         ({"output_shape": [2, 4]}, 2, (2, 4, 2)),
         ({"output_shape": 12, "max_sequence_length": 9}, 3, (12, 2)),
     ],
-    ids=str,
 )
 def test_output_shape_wins_over_a_sequence_length(
     options: dict[str, Any], positions: int, shape: tuple[int, ...]
@@ -82,7 +81,6 @@ def test_an_empty_output_shape_is_one_vector() -> None:
         ({"combiner": CustomCombiner("m:f", 2.0)}, {}, "`max_valency`"),  # type: ignore[arg-type]
         ({"combiner": CustomCombiner("m:f", 2, 1, lambda shape: None)}, {}, "`num_weights`"),
     ],
-    ids=str,
 )
 def test_what_a_step_cannot_do_is_refused_by_name(
     table: dict[str, Any], feature: dict[str, Any], fragment: str
