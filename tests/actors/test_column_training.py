@@ -9,6 +9,7 @@ import numpy as np
 import pyarrow as pa
 import pyarrow.parquet as pq
 import pytest
+import tensorflow as tf
 
 from ps.columns import (
     categorical_column_with_hash_bucket,
@@ -137,9 +138,10 @@ def test_exports_and_snapshots_keep_the_transforms_and_sequences_have_lengths(
     data: Path, tmp_path: Path
 ) -> None:
     sequence = embedding_column(WATCHED, 4, "sum", max_sequence_length=2)
+    stock = tf.feature_column.categorical_column_with_vocabulary_list("genre", WORDS)
     job = _job(
         data,
-        columns=(COLUMNS[0], sequence),
+        columns=(embedding_column(stock, 4, "sum"), sequence),
         output=OutputConfig(export=tmp_path / "export", snapshot=tmp_path / "snapshot"),
     )
     job = replace(job, cluster=ClusterConfig(shards=2, workers=1))
