@@ -127,6 +127,11 @@ def export_command(
         raise ConfigError("export: say what to write: --export, --checkpoint or --saved-model")
     if inputs and saved_model is None:
         raise ConfigError("export: --input is about a SavedModel; give --saved-model too")
+    if model is not None and (no_model or checkpoint is saved_model is None):
+        raise ConfigError(
+            "export: --model is about the dense model of a --checkpoint or --saved-model; "
+            "it does not go with --no-model"
+        )
     from ps.export import open_export
     from ps.folders import holds
     from ps.snapshot import SNAPSHOT, export_snapshot, open_snapshot
@@ -141,10 +146,10 @@ def export_command(
         opened = open_export(source)
         _write_saved_model(opened, saved_model, inputs, rebuilt(opened.dense_model))
         return
-    snapshot = open_snapshot(source)
+    snapshot = open_snapshot(source, verify=True)  # all of it is read anyway
     described = None if snapshot.dense is None else snapshot.dense.model
     if export is not None:
-        typer.echo(f"export: {export_snapshot(snapshot, export)}")
+        typer.echo(f"export: {export_snapshot(snapshot, export, dense=not no_model)}")
     if checkpoint is not None:
         built = rebuilt(described)
         from serving.tf.checkpoint import write_checkpoint

@@ -3,6 +3,7 @@
     ROOT/LATEST                         name of the version to serve
     ROOT/v000001/manifest.json          tables, features, sizes, checksums, training step
     ROOT/v000001/tables/<table>.arrow   one column `row`, V rows in id order
+    ROOT/v000001/vocabularies/          of features with raw values, one column `key`
     ROOT/v000001/dense.arrow            variables of the dense model, one record batch each
 
 This module knows files only: no Ray, no optimizer state, no lookup. Writers on several hosts need

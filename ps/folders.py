@@ -121,11 +121,11 @@ class FolderWriter:
 
     def _seal_transforms(self, transforms: Mapping[str, Transform]) -> list[dict[str, Any]]:
         """The manifest's entries of transforms; writes their vocabularies."""
-        entries = []
+        entries: list[dict[str, Any]] = []
         for feature, transform in transforms.items():
             keys, sealed = transform.vocabulary, None
             if keys is not None:
-                file = f"vocabularies/{file_name(feature)}.arrow"
+                file = f"vocabularies/{len(entries):06d}.arrow"  # a quoted name may be too long
                 path = self._folder / file
                 batch = pa.record_batch([keys], names=["key"])
                 with self._kind.errors(), writing(path):
@@ -225,6 +225,8 @@ class Manifest:
                 raise error(f"'{path}' is damaged: sha256 {seen}, the manifest says {checksum}")
         except OSError as e:
             raise error(f"'{path}' cannot be read: {e.strerror or e}") from e
+        except UnicodeEncodeError as e:
+            raise error(f"{self.where}: file {file!r} is no name: {e}") from e
         return path
 
     def features(self, tables: Mapping[str, Any]) -> dict[str, FeatureSpec]:
@@ -266,17 +268,25 @@ class Manifest:
     def _vocabulary(self, path: Path) -> pa.Array:
         try:
             with pa.memory_map(str(path)) as source:
-                return pa.ipc.open_file(source).read_all()["key"].combine_chunks()
+                table = pa.ipc.open_file(source).read_all()
+                table.validate(full=True)  # bad offsets would crash the process
+                return table["key"].combine_chunks()
         except (OSError, KeyError, pa.ArrowException) as e:
             raise self._kind.error(f"'{path}' does not hold a vocabulary: {e}") from e
 
     def _feature(self, entry: Any) -> FeatureSpec:
         name, table = self.field(entry, "name", str), self.field(entry, "table", str)
         shape, width = entry.get("output_shape"), entry.get("tensor_core_width")
+        length = self.field(entry, "max_sequence_length", int)
+        if not 0 <= length < 2**31:
+            raise self._kind.error(
+                f"{self.where}: feature '{name}': max_sequence_length must be in [0, 2³¹), "
+                f"got {length}"
+            )
         return FeatureSpec(
             name=name,
             table=table,
-            max_sequence_length=self.field(entry, "max_sequence_length", int),
+            max_sequence_length=length,
             validate_weights_and_indices=self.field(entry, "validate_weights_and_indices", bool),
             output_shape=None if shape is None else tuple(self.field(entry, "output_shape", list)),
             tensor_core_width=None
@@ -306,10 +316,14 @@ def read_variables(kind: Kind, path: Path) -> dict[str, F32]:
     variables: dict[str, F32] = {}
     try:
         with pa.OSFile(str(path)) as source:
-            for row in pa.ipc.open_file(source).read_all().to_batches():
+            table = pa.ipc.open_file(source).read_all()
+            if table.schema != VARIABLES_SCHEMA:
+                raise ValueError(f"its columns are {table.schema.names}")
+            table.validate(full=True)  # bad offsets would crash the process
+            for row in table.to_batches():
                 name, shape = row["name"][0].as_py(), row["shape"][0].as_py()
                 variables[name] = row["values"][0].values.to_numpy().reshape(shape)
-    except (OSError, KeyError, ValueError) as e:
+    except (OSError, LookupError, AttributeError, TypeError, ValueError, pa.ArrowException) as e:
         raise kind.error(f"'{path}' does not hold dense variables: {e}") from e
     return variables
 

@@ -6,6 +6,7 @@
     ROOT/step-000000123/tables/<table>/slots/<slot>.arrow   the same for every optimizer slot
     ROOT/step-000000123/dense.arrow                 variables of the dense model, in its order
     ROOT/step-000000123/dense_slots/<slot>.arrow    their optimizer slots
+    ROOT/step-000000123/vocabularies/               as in an export
 
 This module knows files only: no Ray and no shard. Rows lie in id order, so that a snapshot fits any
 number of shards.
@@ -297,12 +298,12 @@ def open_snapshot(path: Path, *, verify: bool = False) -> Snapshot:
         tables=tuple(tables),
         features=tuple(features.values()),
         transforms=manifest.transforms(features),
-        dense=None if dense is None else _open_dense(manifest, dense),
+        dense=None if dense is None else _open_dense(manifest),
     )
 
 
-def export_snapshot(snapshot: Snapshot, root: Path) -> Path:
-    """Make a serving export of a snapshot, without holding a table.
+def export_snapshot(snapshot: Snapshot, root: Path, *, dense: bool = True) -> Path:
+    """Make a serving export of a snapshot, with its dense model if `dense`; holds no table.
 
     Returns:
         The new version's folder.
@@ -320,7 +321,7 @@ def export_snapshot(snapshot: Snapshot, root: Path) -> Path:
     ) as writer:
         for table in snapshot.tables:
             fill_rows(writer.row_file(table.name), partial(read_rows, table.row_file))
-        if snapshot.dense is not None:
+        if dense and snapshot.dense is not None:
             writer.add_dense(snapshot.dense.named(), snapshot.dense.model)
         return writer.commit()
 
@@ -345,7 +346,8 @@ def _open_table(manifest: Manifest, entry: Any) -> SnapshotTable:
     )
 
 
-def _open_dense(manifest: Manifest, entry: Any) -> SnapshotDense:
+def _open_dense(manifest: Manifest) -> SnapshotDense:
+    entry = manifest.field(manifest.values, "dense", dict)
     optimizer = entry.get("optimizer")
     if optimizer is not None:
         manifest.field(manifest.field(entry, "optimizer", dict), "name", str)

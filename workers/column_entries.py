@@ -24,6 +24,8 @@ from ps.loading import build, hint
 CATEGORICAL: dict[str, Callable[..., Any]] = {
     name: getattr(columns, name) for name in columns.__all__ if "categorical_column" in name
 }
+_TYPES = {"use_safe_embedding_lookup": bool, "shared_embedding_collection_name": str}
+"""Of arguments whose types Python's own callers are trusted with: a text "false" would be true."""
 
 
 def embedding_columns(entries: Sequence[Any], path: str = "columns") -> tuple[EmbeddingColumn, ...]:
@@ -45,6 +47,10 @@ def _columns(entry: Any, path: str) -> list[EmbeddingColumn]:
     if not isinstance(entry, dict):
         raise ConfigError(f"{path}: wanted a mapping, got {entry!r}")
     arguments = dict(entry)
+    for name, kind in _TYPES.items():
+        if name in arguments and not isinstance(arguments[name], kind):
+            wanted = kind.__name__
+            raise ConfigError(f"{path}.{name}: wanted a {wanted}, got {arguments[name]!r}")
     if "initializer" in arguments:
         arguments["initializer"] = build(
             Initializer, arguments["initializer"], f"{path}.initializer"
@@ -71,7 +77,7 @@ def _categorical(value: Any, path: str) -> Any:
         raise ConfigError(f"{path}: wanted a mapping with a `name`, got {value!r}")
     arguments = dict(value)
     name = arguments.pop("name", None)
-    if name not in CATEGORICAL:
+    if not isinstance(name, str) or name not in CATEGORICAL:
         raise ConfigError(f"{path}.name: no column '{name}'{hint(str(name), CATEGORICAL)}")
     if "categorical_column" in arguments:  # of a weighted one
         key = f"{path}.categorical_column"

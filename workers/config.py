@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import json
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field, replace
 from pathlib import Path
@@ -110,7 +111,13 @@ class ModelConfig:
 
     build: str
     params: dict[str, Any] = field(default_factory=dict)
-    """Keyword arguments of the build function."""
+    """Keyword arguments of the build function, as JSON values: exports and snapshots keep them."""
+
+    def __post_init__(self) -> None:
+        try:
+            json.dumps(self.params)
+        except (TypeError, ValueError) as e:
+            raise ConfigError(f"params must be JSON values, got {self.params!r:.80}: {e}") from None
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)

@@ -19,7 +19,7 @@ from ps.export import ExportWriter
 from ps.group import ShardGroup
 from ps.messages import ShardStats
 from ps.shard import ShardSpec
-from ps.snapshot import Snapshot, SnapshotWriter
+from ps.snapshot import Snapshot, SnapshotWriter, open_snapshot
 from ps.start import check_dense
 from workers.config import JobConfig
 from workers.jobplan import JobPlan, about, plan_job, start_snapshot
@@ -108,6 +108,7 @@ def train(
         started = clock()
         run.train(plan, listeners, clock)
         train_s = clock() - started
+        snapshot = run.snapshot(plan.last_step)  # first: bad test data must not lose the training
         metrics = run.evaluate(plan)
         result = TrainResult(
             steps=plan.total_steps,
@@ -116,7 +117,7 @@ def train(
             metrics=metrics,
             shards=tuple(run.shards.stats()),
             export=run.export(plan.last_step),
-            snapshot=run.snapshot(plan.last_step),
+            snapshot=snapshot,
         )
     for listener in listeners:
         listener.finished(result)
@@ -179,6 +180,7 @@ class Run:
     def _restore(self, snapshot: Snapshot, initial: DenseValues) -> DenseValues:
         """Let the shards load the tables; returns the dense values that the run starts with."""
         described = self._ask(self.workers[0].described.remote())
+        open_snapshot(snapshot.path, verify=True)  # once, for it reads every byte
         with about("train.start_from"):
             check_dense(snapshot, described, self.job.train.dense_optimizer)
         self.shards.load_tables(snapshot)
@@ -326,7 +328,10 @@ def unwrapped() -> Iterator[None]:
 
 def _first_line(error: BaseException) -> str:
     lines = [line.strip() for line in str(error).splitlines() if line.strip()]
-    return lines[0] if lines else type(error).__name__
+    if not lines:
+        return type(error).__name__
+    # Of an actor that could not start, Ray gives the traceback: the last line says why.
+    return f"{lines[0]} {lines[-1]}" if "creation task" in lines[0] else lines[0]
 
 
 def _progress(

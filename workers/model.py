@@ -20,7 +20,7 @@ import numpy as np
 import tensorflow as tf
 
 from ps.columns import length_key
-from ps.errors import ConfigError
+from ps.errors import ConfigError, MantaError
 from ps.spec import EmbeddingSpec
 from workers.config import JobConfig, ModelConfig
 from workers.shapes import activation_shape
@@ -86,13 +86,23 @@ def build_model(config: ModelConfig, inputs: ModelInputs) -> Model:
 
 
 def built_model(config: ModelConfig, inputs: ModelInputs) -> Model:
-    """Build the model and call it once: Keras models make their variables at the first call."""
-    model = build_model(config, inputs)
-    example = {
-        name: tf.zeros((inputs.first_axes.get(name, inputs.batch_size), *shape))
-        for name, shape in inputs.activations.items()
-    }
-    model(example, tf.zeros((inputs.batch_size, inputs.num_dense)), training=False)
+    """Build the model and call it once: Keras models make their variables at the first call.
+
+    Raises:
+        ConfigError: see `build_model`; or one of the two fails.
+    """
+    try:
+        model = build_model(config, inputs)
+        example = {
+            name: tf.zeros((inputs.first_axes.get(name, inputs.batch_size), *shape))
+            for name, shape in inputs.activations.items()
+        }
+        model(example, tf.zeros((inputs.batch_size, inputs.num_dense)), training=False)
+    except MantaError:
+        raise
+    except (TypeError, ValueError, AttributeError, tf.errors.OpError) as e:
+        reason = (str(e).strip() or repr(e)).splitlines()[0]
+        raise ConfigError(f"model.build {config.build}: {reason}") from e
     return model
 
 
@@ -120,7 +130,7 @@ def rebuild_model(described: Mapping[str, Any], trusted: str | None = None) -> M
         ConfigError: it does not say enough, or names a function that is not trusted.
     """
     name = described.get("name")
-    if name not in MODELS and name != trusted:
+    if not isinstance(name, str) or (name not in MODELS and name != trusted):
         raise ConfigError(
             f"the dense model is made by {name!r}, which only runs if you name it: --model {name}"
         )
@@ -129,6 +139,8 @@ def rebuild_model(described: Mapping[str, Any], trusted: str | None = None) -> M
         inputs["activations"] = {n: tuple(shape) for n, shape in inputs["activations"].items()}
         config = ModelConfig(build=described["name"], params=described["params"])
         wanted = ModelInputs(**inputs)
+        if [type(column) for column in described["dense"]] != [str] * wanted.num_dense:
+            raise TypeError(f"`dense` is {described['dense']!r:.80}")
     except (KeyError, TypeError, AttributeError) as e:
         raise ConfigError(
             f"the dense model is described by {sorted(described)}, not enough to build it: {e}"

@@ -6,6 +6,7 @@ As in TensorFlow 2.21. Vocabulary files are read when a column is made, and neve
 from __future__ import annotations
 
 import operator
+import os
 from collections.abc import Sequence
 from typing import Any
 
@@ -143,6 +144,9 @@ def categorical_column_with_vocabulary_file(
     """
     if not vocabulary_file:
         raise ConfigError(f"Missing vocabulary_file in {key}.")
+    if not isinstance(vocabulary_file, str | os.PathLike):
+        raise ConfigError(f"vocabulary_file in {key} must be a path, got {vocabulary_file!r}")
+    vocabulary_file = os.fspath(vocabulary_file)
     if file_format is None:
         file_format = "tfrecord_gzip" if vocabulary_file.endswith("tfrecord.gz") else "text"
     if file_format not in ("text", "tfrecord_gzip"):

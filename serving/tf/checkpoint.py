@@ -229,6 +229,8 @@ def _hidden(prefix: Path) -> Iterator[Path]:
         raise CheckpointError(f"cannot write checkpoint '{prefix}': {reason or e}") from e
     except tf.errors.OpError as e:
         raise CheckpointError(f"cannot write checkpoint '{prefix}': {e.message}") from e
+    except UnicodeDecodeError as e:
+        raise CheckpointError(f"'{prefix.parent}/checkpoint' is damaged: {e}") from e
     finally:
         shutil.rmtree(hidden, ignore_errors=True)
 

@@ -171,7 +171,10 @@ def find_checkpoint(path: str | Path) -> str:
     """
     if not Path(path).is_dir():
         return str(path)
-    latest: str | None = tf.train.latest_checkpoint(str(path))
+    try:
+        latest: str | None = tf.train.latest_checkpoint(str(path))
+    except UnicodeDecodeError as e:
+        raise CheckpointError(f"'{path}/checkpoint' is damaged: {e}") from e
     if latest is None:
         raise CheckpointError(f"folder '{path}' has no checkpoint that its `checkpoint` file names")
     return latest

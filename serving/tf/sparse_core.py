@@ -12,6 +12,7 @@ from dataclasses import dataclass
 
 import numpy as np
 import tensorflow as tf
+from google.protobuf.message import DecodeError  # type: ignore[import-untyped]
 from tensorflow.core.tpu.kernels import sparse_core_layout_pb2
 
 from ps.errors import CheckpointError
@@ -36,6 +37,11 @@ class StackedTable:
     offset: int
     rotation: int
 
+    def fits(self) -> bool:
+        """Whether the table lies within its stack."""
+        last = self.offset - (-self.vocabulary_size // self.num_cores)
+        return self.dim <= self.padded_dim and self.offset >= 0 and last <= self.rows_per_core
+
     def read_rows(self, bundle: Bundle, first_row: int, out_ND: F32) -> None:
         """Fill `out_ND`, float32 [N, D], with rows first_row … first_row + N - 1 of the table."""
         for core in range(self.num_cores):
@@ -58,10 +64,20 @@ def stacked_tables(bundle: Bundle, attribute: str) -> dict[str, StackedTable]:
     key = key_of(attribute, LAYOUTS)
     if key not in bundle.keys:
         return {}
-    serialized = tf.train.load_checkpoint(bundle.prefix).get_tensor(key)
+    try:
+        serialized = tf.train.load_checkpoint(bundle.prefix).get_tensor(key)
+        layouts = sparse_core_layout_pb2.SparseCoreTableLayouts.FromString(serialized).tables
+    except (DecodeError, TypeError, ValueError, RuntimeError, tf.errors.OpError) as e:
+        raise CheckpointError(f"checkpoint '{bundle.prefix}': '{key}' is damaged: {e}") from e
     tables = {}
-    for layout in sparse_core_layout_pb2.SparseCoreTableLayouts.FromString(serialized).tables:
+    for layout in layouts:
         stack = key_of(attribute, layout.stacked_table_name)
+        if len(layout.unsharded_shape) != 2 or len(layout.unsharded_padded_shape) != 2:
+            raise CheckpointError(
+                f"checkpoint '{bundle.prefix}': the layout of table '{layout.table_name}' must "
+                f"have two dimensions, got {list(layout.unsharded_shape)} and "
+                f"{list(layout.unsharded_padded_shape)}"
+            )
         num_rows, dim = layout.unsharded_shape
         table = StackedTable(
             key=stack,
@@ -79,6 +95,11 @@ def stacked_tables(bundle: Bundle, attribute: str) -> dict[str, StackedTable]:
             raise CheckpointError(
                 f"checkpoint '{bundle.prefix}': the layout of table '{layout.table_name}' wants "
                 f"'{stack}' of shape {list(wanted)}, there is {seen}"
+            )
+        if not table.fits():
+            raise CheckpointError(
+                f"checkpoint '{bundle.prefix}': table '{layout.table_name}' {[num_rows, dim]} at "
+                f"offset {table.offset} is larger than its part of '{stack}'"
             )
         tables[layout.table_name] = table
     return tables

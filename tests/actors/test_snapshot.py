@@ -11,7 +11,7 @@ import pyarrow.parquet as pq
 import pytest
 
 from ps.config import FTRL, Adagrad, Adam
-from ps.errors import ConfigError, SnapshotError
+from ps.errors import ConfigError, IdRangeError, SnapshotError
 from ps.snapshot import Snapshot, open_snapshot
 from tests.support.jobs import every_optimizer_job, write_examples
 from tests.support.models import build_mlp
@@ -193,3 +193,16 @@ def test_a_snapshot_of_the_last_step_that_is_there_already_is_found_before_train
     assert half.snapshot is not None
     with pytest.raises(ConfigError, match=r"output\.snapshot: there is '.*step-000000003' already"):
         plan_job(job_on(files[1], half.snapshot.parent))
+
+
+def test_test_data_with_a_bad_id_does_not_lose_the_training(
+    files: tuple[Path, Path, Path], tmp_path: Path
+) -> None:
+    job = job_on(files[1], tmp_path / "snapshots")
+    table = pq.read_table(files[1]).slice(0, 1)
+    place = table.schema.get_field_index("user")
+    bad = pa.array([10**6]).cast(table.schema.field("user").type)
+    pq.write_table(table.set_column(place, "user", bad), tmp_path / "test.parquet")
+    with pytest.raises(IdRangeError, match="1000000 is not in"):
+        train(replace(job, data=replace(job.data, test=tmp_path / "test.parquet")))
+    assert open_snapshot(tmp_path / "snapshots").step == 3

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import re
+import shutil
 import subprocess
 from pathlib import Path
 
@@ -103,6 +104,19 @@ def test_a_checkpoint_comes_back_bit_for_bit_and_trains_on(
     assert open_snapshot(trained / "more").step == 5 + first.step
 
 
+def test_a_damaged_snapshot_is_not_exported(trained: Path, manta: Manta, tmp_path: Path) -> None:
+    copy = tmp_path / "snapshot"
+    shutil.copytree(trained / "snapshot", copy)
+    (rows,) = copy.glob("step-*/tables/users/rows.arrow")
+    content = bytearray(rows.read_bytes())
+    content[len(content) // 2] ^= 1
+    rows.write_bytes(content)
+    run = manta("export", copy, "--export", tmp_path / "export")
+    assert run.returncode == 1
+    assert re.fullmatch(r"error: .*rows\.arrow' is damaged: sha256 .*\n", run.stderr)
+    assert not (tmp_path / "export").exists()
+
+
 @pytest.mark.parametrize(
     ("arguments", "reason"),
     [
@@ -110,6 +124,8 @@ def test_a_checkpoint_comes_back_bit_for_bit_and_trains_on(
         (("export", "export", "--checkpoint", "x"), "need a snapshot, not 'export'"),
         (("export", "nothing", "--saved-model", "x"), "export '.*nothing': no such folder"),
         (("export", "snapshot", "--export", "x", "--input", "user=dense"), "give --saved-model"),
+        (("export", "snapshot", "--export", "x", "--model", "a:b"), "--model is about the dense"),
+        (("export", "snapshot", "--checkpoint", "x", "--model", "a:b", "--no-model"), "no-model"),
         (("export", "snapshot", "--saved-model", "model"), "the folder exists already"),
         (("export", "snapshot", "--saved-model", "x", "--input", "nobody=dense"), "'nobody'"),
         (("import", "checkpoint", "DEMO"), "say what to write: --export or --snapshot"),

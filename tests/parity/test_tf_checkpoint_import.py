@@ -231,6 +231,9 @@ def test_what_is_no_checkpoint_of_float32_tables_is_refused(tmp_path: Path) -> N
         read_checkpoint(tmp_path / "nowhere")
     with pytest.raises(CheckpointError, match="has no checkpoint"):
         read_checkpoint(tmp_path)
+    (tmp_path / "checkpoint").write_bytes(b'model_checkpoint_path: "\xff"')
+    with pytest.raises(CheckpointError, match="checkpoint' is damaged"):
+        read_checkpoint(tmp_path)
     for name, data in (("noise", b"x" * 500), ("empty", b""), ("short", b"\x57\xfb" * 3)):
         (tmp_path / f"{name}.index").write_bytes(data)
         with pytest.raises(CheckpointError, match=rf"{name}\.index' is no TensorFlow index"):
@@ -404,3 +407,33 @@ def test_rows_beyond_two_to_the_31_are_cut_and_found(tmp_path: Path) -> None:
     assert sum(count for _, count in spans) == num_rows
     assert all(4 * count <= 1 << 30 for _, count in spans)
     assert spans[-1][0] + spans[-1][1] == num_rows
+
+
+@pytest.mark.parametrize(
+    "change",
+    [
+        {"unsharded_shape": [6]},
+        {"unsharded_padded_shape": [8]},
+        {"unsharded_shape": [6, 9]},
+        {"sparse_core_shard_row_offset": 2},
+        {},
+    ],
+)
+def test_damaged_layouts_are_refused(tmp_path: Path, change: dict[str, Any]) -> None:
+    fields = {
+        "table_name": "a",
+        "stacked_table_name": "s",
+        "num_sparse_cores": 2,
+        "total_rows_per_sparse_core_shard": 4,
+        "unsharded_shape": [6, 2],
+        "unsharded_padded_shape": [8, 8],
+    }
+    layouts = sparse_core_layout_pb2.SparseCoreTableLayouts()
+    layouts.tables.add(**{**fields, **change})
+    module = tf.Module()
+    serialized = layouts.SerializeToString() if change else b"\xff\xff"
+    module._sparse_core_table_layouts = tf.Variable(serialized)
+    module.s = tf.Variable(tf.zeros((8, 8)))
+    prefix = tf.train.Checkpoint(embedding=module).save(str(tmp_path / "ckpt"))
+    with pytest.raises(CheckpointError, match="ckpt-1': "):
+        read_checkpoint(prefix)

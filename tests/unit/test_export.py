@@ -17,6 +17,7 @@ import pyarrow as pa
 import pytest
 
 import ps.export
+from ps.columns import Transform, categorical_column_with_vocabulary_list
 from ps.config import FeatureConfig, TableConfig
 from ps.errors import ExportError, StorageError
 from ps.export import Export, ExportWriter, RowFile, open_export, write_rows
@@ -442,3 +443,35 @@ def test_a_manifest_nested_without_end_is_an_export_error(tmp_path: Path) -> Non
     (tmp_path / "manifest.json").write_text("[" * 100_000)
     with pytest.raises(ExportError, match="cannot be read"):
         open_export(tmp_path)
+
+
+@pytest.mark.parametrize("file", ["dense.arrow", "vocabularies/*.arrow"])
+def test_damaged_arrow_files_are_errors_or_read_but_never_a_crash(
+    tmp_path: Path, file: str
+) -> None:
+    column = categorical_column_with_vocabulary_list("f", [f"word{i}" for i in range(5)])
+    spec = resolve({"f": FeatureConfig(TableConfig(5, 2, name="t"))})
+    transforms = {"f": Transform.of(column)}
+    with ExportWriter(tmp_path, spec, step=1, job="test", transforms=transforms) as writer:
+        write_rows(writer.row_file("t"), 0, ROWS_VD)
+        writer.add_dense({"a": ROWS_VD, "b": ROWS_VD[0]}, {"name": "two_tower"})
+        path = next(writer.commit().glob(file))
+    whole = path.read_bytes()
+    for place in range(0, len(whole), 3):
+        path.write_bytes(whole[:place] + bytes([whole[place] ^ 0x7F]) + whole[place + 1 :])
+        try:
+            export = open_export(tmp_path)
+            export.dense_variables()
+            export.transforms["f"]({"f": ["word1", "x"]})
+        except ExportError as e:
+            assert path.name in str(e)  # noqa: PT017
+
+
+def test_a_long_feature_name_with_a_vocabulary_can_be_exported(tmp_path: Path) -> None:
+    name = "категория" * 10  # 6 bytes a letter when quoted
+    spec = resolve({name: FeatureConfig(TableConfig(5, 2, name="t"))})
+    transforms = {name: Transform.of(categorical_column_with_vocabulary_list(name, ["a"]))}
+    with ExportWriter(tmp_path, spec, step=1, job="test", transforms=transforms) as writer:
+        write_rows(writer.row_file("t"), 0, ROWS_VD)
+        writer.commit()
+    assert open_export(tmp_path, verify=True).transforms[name] == transforms[name]

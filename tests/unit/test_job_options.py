@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from datetime import date
 from typing import Any
 
 import pytest
@@ -81,3 +82,8 @@ def test_a_wrong_lookup_option_is_named(
 def test_what_serving_cannot_run_is_not_exported() -> None:
     with pytest.raises(ConfigError, match=r"output\.export: .*custom combiner of table 't'"):
         job_of({"combiner": COMBINER}, output={"export": "somewhere"})
+
+
+def test_params_that_no_manifest_can_hold_are_refused_before_training() -> None:
+    with pytest.raises(ConfigError, match=r"model.*params must be JSON values, got \{'since'"):
+        job_of(model={"build": "package.module:function", "params": {"since": date(2024, 1, 1)}})

@@ -70,6 +70,22 @@ def visible(root: Path) -> list[str]:
     return sorted(path.name for path in root.iterdir())
 
 
+@pytest.mark.parametrize(
+    ("path", "value"),
+    [("dense", 5), ("tables.0.rows.file", "\ud800"), ("features.0.max_sequence_length", -1)],
+)
+def test_a_damaged_manifest_is_a_snapshot_error(tmp_path: Path, path: str, value: object) -> None:
+    file = small(tmp_path).path / "manifest.json"
+    manifest = place = json.loads(file.read_text())
+    *parents, key = path.split(".")
+    for parent in parents:
+        place = place[int(parent) if parent.isdigit() else parent]
+    place[key] = value
+    file.write_text(json.dumps(manifest))
+    with pytest.raises(SnapshotError, match=r"manifest\.json"):
+        open_snapshot(tmp_path)
+
+
 def test_rows_slots_and_dense_values_read_back_are_those_written(tmp_path: Path) -> None:
     snapshot = open_snapshot(write(tmp_path), verify=True)
     assert (snapshot.version, snapshot.step, snapshot.seed) == ("step-000000006", 6, 3)
@@ -458,3 +474,9 @@ def test_a_file_that_ends_too_early_is_named(tmp_path: Path) -> None:
     os.unlink(file.path)
     with pytest.raises(StorageError, match=r"rows\.arrow' cannot be read: No such file"):
         read_rows(file, 0, np.zeros((5, 2), np.float32))
+
+
+def test_an_export_can_leave_out_the_dense_model(tmp_path: Path) -> None:
+    export = open_export(export_snapshot(small(tmp_path / "s"), tmp_path / "e", dense=False))
+    assert export.dense_model is None
+    assert export.dense_variables() == {}
