@@ -9,6 +9,8 @@ from pathlib import Path
 
 import pytest
 
+from manta import main
+
 ROOT = Path(__file__).parents[2]
 Manta = Callable[..., subprocess.CompletedProcess[str]]
 
@@ -34,3 +36,21 @@ def manta() -> Manta:
 @pytest.fixture(scope="session")
 def configs() -> Path:
     return ROOT / "configs"
+
+
+@pytest.fixture
+def manta_here(monkeypatch: pytest.MonkeyPatch, capfd: pytest.CaptureFixture[str]) -> Manta:
+    """`manta`, in this process: for what ends before anything is started, and is asked often."""
+
+    def run(*args: str | Path, cwd: Path | None = None) -> subprocess.CompletedProcess[str]:
+        command = ["manta", *map(str, args)]
+        if cwd is not None:
+            monkeypatch.chdir(cwd)
+        monkeypatch.setattr(sys, "argv", command)
+        capfd.readouterr()
+        with pytest.raises(SystemExit) as ended:
+            main()
+        out, err = capfd.readouterr()
+        return subprocess.CompletedProcess(command, int(ended.value.code or 0), out, err)
+
+    return run

@@ -158,8 +158,8 @@ def test_training_on_bad_input_is_one_line_and_leaves_nothing(
         assert json.loads(last)["event"] == "failed"
 
 
-def test_an_unknown_config_file_is_one_line(manta: Manta, tmp_path: Path) -> None:
-    run = manta("train", tmp_path / "none.yaml")
+def test_an_unknown_config_file_is_one_line(manta_here: Manta, tmp_path: Path) -> None:
+    run = manta_here("train", tmp_path / "none.yaml")
     assert run.returncode == 1
     assert re.fullmatch(r"error: config .*none\.yaml: No such file or directory\n", run.stderr)
 
@@ -173,49 +173,51 @@ def export(tmp_path: Path) -> Path:
     return tmp_path / "export"
 
 
-def test_serving_a_missing_export_is_one_line(manta: Manta, tmp_path: Path) -> None:
-    run = manta("serve", tmp_path / "nothing", "--check")
+def test_serving_a_missing_export_is_one_line(manta_here: Manta, tmp_path: Path) -> None:
+    run = manta_here("serve", tmp_path / "nothing", "--check")
     assert run.returncode == 1
     assert re.fullmatch(r"error: export '.*nothing': no such folder\n", run.stderr)
 
 
-def test_serving_a_truncated_export_is_one_line(manta: Manta, export: Path) -> None:
+def test_serving_a_truncated_export_is_one_line(manta_here: Manta, export: Path) -> None:
     with (export / "v000001/tables/users.arrow").open("r+b") as file:
         file.truncate(900)
-    run = manta("serve", export, "--check")
+    run = manta_here("serve", export, "--check")
     assert run.returncode == 1
     assert re.fullmatch(
         r"error: '.*users\.arrow': 900 bytes, but the manifest says \d+\n", run.stderr
     )
 
 
-def test_serving_a_damaged_export_is_refused_when_verified(manta: Manta, export: Path) -> None:
+def test_serving_a_damaged_export_is_refused_when_verified(manta_here: Manta, export: Path) -> None:
     rows = export / "v000001/tables/users.arrow"
     data = bytearray(rows.read_bytes())
     data[600] ^= 1
     rows.write_bytes(data)
-    run = manta("serve", export, "--check", "--verify")
+    run = manta_here("serve", export, "--check", "--verify")
     assert run.returncode == 1
     assert re.fullmatch(r"error: '.*users\.arrow' is damaged: sha256 .*\n", run.stderr)
 
 
-def test_serving_an_export_without_its_manifest_is_one_line(manta: Manta, export: Path) -> None:
+def test_serving_an_export_without_its_manifest_is_one_line(
+    manta_here: Manta, export: Path
+) -> None:
     shutil.rmtree(export / "v000001")
-    run = manta("serve", export, "--check")
+    run = manta_here("serve", export, "--check")
     assert run.returncode == 1
     assert re.fullmatch(
         r"error: '.*LATEST' names v000001, which has no manifest\.json\n", run.stderr
     )
 
 
-def test_preparing_into_a_place_that_refuses_is_one_line(manta: Manta) -> None:
-    done = manta("prepare", "synthetic", "movielens", "/dev/null/data", "--rows", "10")
+def test_preparing_into_a_place_that_refuses_is_one_line(manta_here: Manta) -> None:
+    done = manta_here("prepare", "synthetic", "movielens", "/dev/null/data", "--rows", "10")
     assert done.returncode == 1
     assert done.stderr.startswith("error: ")
     assert done.stderr.count("\n") == 1
 
 
-def test_a_port_that_does_not_exist_is_refused(manta: Manta, export: Path) -> None:
-    done = manta("serve", export, "--port", "70000")
+def test_a_port_that_does_not_exist_is_refused(manta_here: Manta, export: Path) -> None:
+    done = manta_here("serve", export, "--port", "70000")
     assert done.returncode == 2
     assert "Traceback" not in done.stderr

@@ -104,14 +104,16 @@ def test_a_checkpoint_comes_back_bit_for_bit_and_trains_on(
     assert open_snapshot(trained / "more").step == 5 + first.step
 
 
-def test_a_damaged_snapshot_is_not_exported(trained: Path, manta: Manta, tmp_path: Path) -> None:
+def test_a_damaged_snapshot_is_not_exported(
+    trained: Path, manta_here: Manta, tmp_path: Path
+) -> None:
     copy = tmp_path / "snapshot"
     shutil.copytree(trained / "snapshot", copy)
     (rows,) = copy.glob("step-*/tables/users/rows.arrow")
     content = bytearray(rows.read_bytes())
     content[len(content) // 2] ^= 1
     rows.write_bytes(content)
-    run = manta("export", copy, "--export", tmp_path / "export")
+    run = manta_here("export", copy, "--export", tmp_path / "export")
     assert run.returncode == 1
     assert re.fullmatch(r"error: .*rows\.arrow' is damaged: sha256 .*\n", run.stderr)
     assert not (tmp_path / "export").exists()
@@ -134,11 +136,11 @@ def test_a_damaged_snapshot_is_not_exported(trained: Path, manta: Manta, tmp_pat
     ],
 )
 def test_bad_arguments_are_one_line_and_leave_nothing(
-    trained: Path, manta: Manta, configs: Path, arguments: tuple[str, ...], reason: str
+    trained: Path, manta_here: Manta, configs: Path, arguments: tuple[str, ...], reason: str
 ) -> None:
     before = set(trained.iterdir())
     named = [str(configs / "demo.yaml") if a == "DEMO" else a for a in arguments]
-    run = manta(*named, cwd=trained)
+    run = manta_here(*named, cwd=trained)
     assert run.returncode == 1
     assert len(run.stderr.splitlines()) == 1, run.stderr
     assert run.stderr.startswith("error: ")

@@ -15,12 +15,12 @@ import numpy as np
 import pytest
 from ray import serve
 
-import manta
 from ps.config import FeatureConfig, TableConfig
 from ps.errors import ConfigError, ExportError, ServerError
 from ps.ragged import F32, Ragged
 from serving import deployment
 from serving.client import AsyncLookupClient, LookupClient
+from serving.commands import serve_command
 from serving.deployment import deploy, shutdown
 from serving.limits import Limits
 from tests.support.exports import write_export
@@ -167,7 +167,7 @@ def test_a_refused_serve_command_leaves_the_running_application(
 ) -> None:
     write_export(tmp_path, features(), rows)
     with pytest.raises(ConfigError, match="Serve runs already, but not on"):
-        manta.serve_command(tmp_path, port=free_port())
+        serve_command(tmp_path, port=free_port())
     with LookupClient(url) as client:
         assert client.ready()
 
