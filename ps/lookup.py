@@ -101,10 +101,10 @@ def lookup(
         )
     name = cast("Combiner", combiner)
     reader = TableReader(feature.name, table, rows)
+    if isinstance(value, Bags):
+        return _bags(feature, reader, name, value.entries)
     if isinstance(value, Dense):
         found = _dense(feature, reader, value)
-    elif isinstance(value, Bags):
-        found = _bags(feature, reader, name, value.entries)
     elif isinstance(value, Sparse):
         found = _sparse(feature, reader, name, value)
     elif isinstance(value, Ragged):

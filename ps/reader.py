@@ -37,12 +37,14 @@ class TableReader:
     @property
     def num_rows(self) -> int:
         """V, which bounds the ids."""
-        return sum(len(shard) for shard in self._shards())
+        rows = self.rows
+        return len(rows) if isinstance(rows, np.ndarray) else sum(map(len, rows))
 
     @property
     def dim(self) -> int:
         """D, length of a row."""
-        return int(self._shards()[0].shape[1])
+        rows = self.rows
+        return int((rows if isinstance(rows, np.ndarray) else rows[0]).shape[1])
 
     def check(self, ids_N: I64) -> None:
         """Refuse ids outside the table.
@@ -81,9 +83,6 @@ class TableReader:
         out_BLD = np.empty((bag.num_examples, length, self.dim), dtype=np.float32)
         scatter_sequences(rows, index_N, bag.row_splits, out_BLD)
         return out_BLD
-
-    def _shards(self) -> Sequence[F32]:
-        return [self.rows] if isinstance(self.rows, np.ndarray) else self.rows
 
     def _local(self, ids_N: I64) -> tuple[F32, I64]:
         """An array that holds the rows of the ids, and where in it they are."""
