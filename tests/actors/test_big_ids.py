@@ -6,17 +6,13 @@ holes, so these tables of 2³¹ rows and more are real and cost little.
 
 from __future__ import annotations
 
-import asyncio
 from dataclasses import replace
 from pathlib import Path
-from typing import Any
 
-import httpx
 import numpy as np
 import pyarrow as pa
 import pyarrow.parquet as pq
 import pytest
-from fastapi import FastAPI
 
 from ps import export_file, folders
 from ps.config import FeatureConfig, TableConfig
@@ -26,6 +22,7 @@ from ps.optimizers import Adam
 from ps.spec import resolve
 from serving.app import create_app
 from serving.lookup import LookupService
+from tests.support.http import ask
 from tests.support.jobs import every_optimizer_job, write_examples
 from workers.config import FeatureEntry, JobConfig, TableEntry
 from workers.job import plan_job, running
@@ -84,14 +81,10 @@ def test_http_answers_for_ids_beyond_int32(tmp_path: Path, monkeypatch: pytest.M
         folder = writer.commit()
     app = create_app(LookupService(open_export(folder)))
     bags = [[2**31, 2**31 + 999], [2**31 - 1], [0]]
-    answer, beyond = asyncio.run(_post(app, [{"user": bags}, {"user": [[num_rows]]}]))
+    answer, beyond = (
+        ask(app, "POST", "/v1/lookup", json={"inputs": {"user": ids}})
+        for ids in (bags, [[num_rows]])
+    )
     assert answer.json()["outputs"]["user"] == [[1001.0], [0.0], [0.0]]
     assert beyond.status_code == 422
     assert f"id {num_rows} is not in [0, {num_rows})" in beyond.json()["detail"]
-
-
-async def _post(app: FastAPI, inputs: list[Any]) -> list[httpx.Response]:
-    async with httpx.AsyncClient(
-        transport=httpx.ASGITransport(app=app), base_url="http://test"
-    ) as client:
-        return [await client.post("/v1/lookup", json={"inputs": body}) for body in inputs]

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import asyncio
 import json
 from collections.abc import AsyncIterator
 from pathlib import Path
@@ -21,6 +20,7 @@ from serving.app import LARGE_BODY_BYTES, create_app
 from serving.limits import Limits
 from serving.lookup import LookupService
 from tests.support.exports import small_export, write_export
+from tests.support.http import ask
 
 JSON = {"content-type": "application/json"}
 
@@ -33,15 +33,6 @@ def service(tmp_path_factory: pytest.TempPathFactory) -> LookupService:
 @pytest.fixture(scope="module")
 def app(service: LookupService) -> FastAPI:
     return create_app(service, Limits(max_body_bytes=2**20, max_ids=50_000, max_values=60_000))
-
-
-def ask(app: FastAPI, method: str, path: str, **options: Any) -> httpx.Response:
-    async def run() -> httpx.Response:
-        transport = httpx.ASGITransport(app, raise_app_exceptions=False)
-        async with httpx.AsyncClient(transport=transport, base_url="http://manta") as http:
-            return await http.request(method, path, **options)
-
-    return asyncio.run(run())
 
 
 def post(app: FastAPI, body: object) -> httpx.Response:

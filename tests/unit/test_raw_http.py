@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import asyncio
 import json
 from pathlib import Path
 from typing import Any
@@ -17,6 +16,7 @@ from serving.app import create_app
 from serving.limits import Limits
 from serving.lookup import LookupService
 from tests.support.exports import ROWS_VD, raw_export, small_export
+from tests.support.http import ask
 
 GENRES = ["drama", "комедия", "", "🎬"]
 
@@ -29,15 +29,6 @@ def service(tmp_path_factory: pytest.TempPathFactory) -> LookupService:
 @pytest.fixture(scope="module")
 def app(service: LookupService) -> FastAPI:
     return create_app(service, Limits(max_body_bytes=2**20, max_ids=1000, max_values=3000))
-
-
-def ask(app: FastAPI, method: str, path: str, **options: Any) -> httpx.Response:
-    async def run() -> httpx.Response:
-        transport = httpx.ASGITransport(app, raise_app_exceptions=False)
-        async with httpx.AsyncClient(transport=transport, base_url="http://manta") as http:
-            return await http.request(method, path, **options)
-
-    return asyncio.run(run())
 
 
 def post(app: FastAPI, inputs: Any, weights: Any = None) -> httpx.Response:
