@@ -23,6 +23,7 @@ import numpy as np
 import pyarrow as pa
 
 from ps.errors import StorageError
+from ps.memory import CACHE_LINE
 from ps.ragged import F32
 
 _HOLE_BYTES = 1 << 20
@@ -70,7 +71,7 @@ def write_rows(row_file: RowFile, first_id: int, rows_ND: F32) -> None:
 
 
 def read_rows(row_file: RowFile, first_id: int, out_ND: F32) -> None:
-    """Fill `out_ND`, C-contiguous float32 [N, D], with rows first_id … first_id + N - 1.
+    """Fill `out_ND`, float32 [N, D], with rows first_id … first_id + N - 1.
 
     Reads instead of mapping, so that the memory of a process that goes over a large table stays
     what it allocates.
@@ -81,7 +82,8 @@ def read_rows(row_file: RowFile, first_id: int, out_ND: F32) -> None:
     offset = _check_rows(row_file, first_id, out_ND)
     if out_ND.size == 0:
         return
-    left = out_ND.data.cast("B")
+    rows_ND = out_ND if out_ND.flags.c_contiguous else np.empty(out_ND.shape, dtype=np.float32)
+    left = rows_ND.data.cast("B")
     try:
         with open(row_file.path, "rb", buffering=0) as file:
             while left:
@@ -91,6 +93,8 @@ def read_rows(row_file: RowFile, first_id: int, out_ND: F32) -> None:
                 left, offset = left[count:], offset + count
     except OSError as e:
         raise StorageError(f"'{row_file.path}' cannot be read: {e.strerror or e}") from e
+    if rows_ND is not out_ND:
+        out_ND[:] = rows_ND
 
 
 def fill_rows(
@@ -142,7 +146,18 @@ class _HoleWriter(io.FileIO):
 
 
 def allocate(path: Path, num_rows: int, dim: int) -> RowFile:
-    """Make the file of a table of zeros [V, D], without holding it in memory."""
+    """Make the file of a table of zeros [V, D], without holding it in memory.
+
+    Row 0 starts at a cache line: a row of 16 float32 then lies in one line rather than two.
+    """
+    _write_zeros(path, num_rows, dim, padding=0)
+    _write_zeros(path, num_rows, dim, padding=-_data_offset(path) % CACHE_LINE)
+    _reserve(path)
+    return RowFile(str(path), _data_offset(path), num_rows, dim)
+
+
+def _write_zeros(path: Path, num_rows: int, dim: int, padding: int) -> None:
+    """The file, with so many bytes more before its rows (a multiple of 8: Arrow's alignment)."""
     num_values = num_rows * dim
     zeros = path.with_suffix(".zeros")
     with zeros.open("wb") as file:
@@ -152,7 +167,8 @@ def allocate(path: Path, num_rows: int, dim: int) -> RowFile:
             pa.float32(), num_values, [None, source.read_buffer(num_values * 4)], null_count=0
         )
         rows = pa.FixedSizeListArray.from_arrays(values, dim)
-        batch = pa.record_batch([rows], schema=row_schema(dim))
+        schema = row_schema(dim).with_metadata({"padding": "." * padding})
+        batch = pa.record_batch([rows], schema=schema)
         options = pa.ipc.IpcWriteOptions(allow_64bit=True)
         with (
             _HoleWriter(path, "w") as sink,
@@ -160,8 +176,6 @@ def allocate(path: Path, num_rows: int, dim: int) -> RowFile:
         ):
             out.write_batch(batch)
     zeros.unlink()
-    _reserve(path)
-    return RowFile(str(path), _data_offset(path), num_rows, dim)
 
 
 def _reserve(path: Path) -> None:

@@ -1,0 +1,33 @@
+"""Arrays start at a cache line, and zeros take no memory."""
+
+from __future__ import annotations
+
+import resource
+
+import numpy as np
+import pytest
+
+from ps.memory import CACHE_LINE, empty, zeros
+
+
+@pytest.mark.parametrize("dtype", [np.float32, np.int64, np.uint8, np.float16])
+@pytest.mark.parametrize("shape", [(0,), (0, 4), (1, 1), (3, 5), (1000, 16), (300_000, 16)])
+def test_arrays_start_at_a_cache_line(shape: tuple[int, ...], dtype: type) -> None:
+    for array in (empty(shape, dtype), zeros(shape, dtype)):
+        assert array.size == 0 or array.ctypes.data % CACHE_LINE == 0
+        assert (array.shape, array.dtype) == (shape, np.dtype(dtype))
+        assert array.flags.c_contiguous
+        assert array.flags.writeable
+        assert array.flags.aligned
+
+
+def test_zeros_take_no_memory_before_they_are_written() -> None:
+    def resident_pages() -> int:
+        with open("/proc/self/statm") as file:
+            return int(file.read().split()[1])
+
+    before = resident_pages()
+    array = zeros((1 << 16, 256))
+    grown = (resident_pages() - before) * resource.getpagesize()
+    assert grown < array.nbytes / 8
+    assert not array[::4096].any()
