@@ -13,6 +13,7 @@ from typing import Protocol
 import numpy as np
 
 from ps.errors import ProtocolError
+from ps.memory import empty
 from ps.messages import Pull, Push, Rows
 from ps.partition import DistinctRows, Layout, slices
 from ps.ragged import F32
@@ -75,12 +76,18 @@ class PendingPull:
         return PulledRows(
             version=versions.pop(),
             rows={
-                table.name: np.concatenate([answer.rows[i] for answer in answers])
+                table.name: _joined([answer.rows[i] for answer in answers])
                 for i, table in enumerate(self._spec.tables)
             },
             dense=np.concatenate([answer.dense for answer in answers]),
             state=np.concatenate([answer.state for answer in answers]),
         )
+
+
+def _joined(parts: Sequence[F32]) -> F32:
+    rows = empty((sum(map(len, parts)), parts[0].shape[1]))
+    np.concatenate(parts, out=rows)
+    return rows
 
 
 class ShardClient:

@@ -27,6 +27,7 @@ from ps.ragged import F32, I64, Ragged
 from ps.reader import Rows, TableReader, checked_rows
 from ps.spec import FeatureSpec, feature_spec
 from ps.structures import pack_like, select
+from ps.threads import ONE_THREAD, Threads
 
 Mask = npt.NDArray[np.bool_]
 
@@ -62,7 +63,12 @@ def embedding_lookup(inputs: Any, tables: Mapping[Any, Rows], feature_config: An
 
 
 def lookup(
-    feature: FeatureSpec, table: str, combiner: object, rows: Rows, value: Input | Bags
+    feature: FeatureSpec,
+    table: str,
+    combiner: object,
+    rows: Rows,
+    value: Input | Bags,
+    threads: Threads = ONE_THREAD,
 ) -> F32:
     """The activations of one feature.
 
@@ -88,6 +94,7 @@ def lookup(
         combiner: of the table.
         rows: float32 [V, D], or row shards.
         value: the ids.
+        threads: that a big lookup is cut between.
 
     Raises:
         IdRangeError: an id that counts is outside [0, V).
@@ -100,7 +107,7 @@ def lookup(
             f"not by {combiner!r}"
         )
     name = cast("Combiner", combiner)
-    reader = TableReader(feature.name, table, rows)
+    reader = TableReader(feature.name, table, rows, threads)
     if isinstance(value, Bags):
         return _bags(feature, reader, name, value.entries)
     if isinstance(value, Dense):

@@ -13,7 +13,7 @@ from itertools import pairwise
 
 import numpy as np
 
-from ps.kernels.dedup import distinct_ids, shard_major
+from ps.kernels.dedup import distinct_by_shard
 from ps.ragged import I64
 from ps.spec import EmbeddingSpec, TableSpec
 
@@ -43,6 +43,7 @@ class Placement:
 
     vocabulary_size: int
     slab_rows: int
+    """A power of two."""
     num_shards: int
     offset: int
     """The shard of slab 0, so that small tables do not all start on shard 0."""
@@ -87,9 +88,8 @@ def distinct_rows(ids_N: I64, placement: Placement) -> tuple[DistinctRows, I64]:
     Returns:
         The distinct rows, and int64 [N]: the place of each given id among them.
     """
-    unique, inverse = distinct_ids(ids_N)
-    ids, local, splits, index = shard_major(
-        unique, inverse, placement.slab_rows, placement.num_shards, placement.offset
+    ids, local, splits, index = distinct_by_shard(
+        ids_N, placement.slab_rows, placement.num_shards, placement.offset
     )
     return DistinctRows(ids, local, splits), index
 

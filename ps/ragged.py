@@ -9,6 +9,7 @@ from __future__ import annotations
 from collections.abc import Sequence
 from dataclasses import dataclass
 from itertools import pairwise
+from typing import Any, TypeGuard
 
 import numpy as np
 import numpy.typing as npt
@@ -17,6 +18,8 @@ from ps.errors import InputError
 
 I64 = npt.NDArray[np.int64]
 F32 = npt.NDArray[np.float32]
+
+_INT64, _FLOAT32 = np.dtype(np.int64), np.dtype(np.float32)
 
 
 @dataclass(frozen=True, slots=True, eq=False)
@@ -31,20 +34,21 @@ class Ragged:
     """float32 [N], or None for all ones."""
 
     def __post_init__(self) -> None:
-        object.__setattr__(self, "ids", as_ids(self.ids))
-        splits = as_ids(self.row_splits, "row_splits")
-        if splits.size < 1 or splits[0] != 0 or splits[-1] != self.ids.size:
+        ids, splits = as_ids(self.ids), as_ids(self.row_splits, "row_splits")
+        if splits.size < 1 or splits[0] != 0 or splits[-1] != ids.size:
             raise InputError(
-                f"row_splits must start at 0 and end at the number of ids {self.ids.size}, "
+                f"row_splits must start at 0 and end at the number of ids {ids.size}, "
                 f"got {splits[:1].tolist()} … {splits[-1:].tolist()}"
             )
-        if np.any(splits[1:] < splits[:-1]):  # a difference could overflow
+        # Two splits that are right cannot fall; of more, a difference could overflow.
+        if splits.size > 2 and np.count_nonzero(splits[1:] < splits[:-1]):
             raise InputError("row_splits must not fall")
+        object.__setattr__(self, "ids", ids)
         object.__setattr__(self, "row_splits", splits)
         if self.weights is not None:
             weights = as_weights(self.weights)
-            if weights.shape != self.ids.shape:
-                raise InputError(f"got {weights.size} weights for {self.ids.size} ids")
+            if weights.shape != ids.shape:
+                raise InputError(f"got {weights.size} weights for {ids.size} ids")
             object.__setattr__(self, "weights", weights)
 
     @property
@@ -103,6 +107,8 @@ def as_integers(values: npt.ArrayLike, what: str) -> I64:
     Raises:
         InputError: not integers, or an integer beyond int64.
     """
+    if _is_ready(values, _INT64):
+        return values
     try:
         array = np.asarray(values)
     except (OverflowError, ValueError) as e:
@@ -130,6 +136,8 @@ def as_ids(values: npt.ArrayLike, what: str = "ids") -> I64:
 
 def as_weights(values: npt.ArrayLike) -> F32:
     """Values as a contiguous float32 [N] array (TensorFlow documents this cast)."""
+    if _is_ready(values, _FLOAT32) and values.ndim == 1:
+        return values
     try:
         array = np.asarray(values)
     except ValueError as e:
@@ -140,6 +148,11 @@ def as_weights(values: npt.ArrayLike) -> F32:
         raise InputError(f"weights must be numbers, got {array.dtype}")
     with np.errstate(over="ignore"):  # beyond float32 is infinity, as in TensorFlow
         return np.ascontiguousarray(array, dtype=np.float32)
+
+
+def _is_ready(values: npt.ArrayLike, dtype: np.dtype[Any]) -> TypeGuard[npt.NDArray[Any]]:
+    """Whether a cast would give back the same array; small requests feel what a cast costs."""
+    return type(values) is np.ndarray and values.dtype == dtype and values.flags.c_contiguous
 
 
 def _splits(rows: Sequence[Sequence[object]]) -> I64:

@@ -1,7 +1,8 @@
 """Reads of one table by checked ids: gathered, combined, or placed in sequences.
 
 A table is one array, or a list of row shards: consecutive ranges of rows in order, TensorFlow's
-"div" partitioning. Shards are never joined: the rows that a lookup needs are gathered first.
+"div" partitioning. Shards are never joined: the rows that a lookup needs are gathered first, as
+they are from an array that is not C-contiguous.
 """
 
 from __future__ import annotations
@@ -14,9 +15,10 @@ import numpy as np
 
 from ps.config import Combiner
 from ps.errors import IdRangeError, InputError
-from ps.kernels.combine import COMBINER_CODES, combine_rows, gather_rows, scatter_sequences
+from ps.kernels.combine import COMBINER_CODES, scatter_sequences
 from ps.kernels.dedup import distinct_ids, first_out_of_range
 from ps.ragged import F32, I64, Ragged
+from ps.threads import ONE_THREAD, Threads, combine, gather_rows
 
 Rows = F32 | Sequence[F32]
 """float32 [V, D], or its row shards."""
@@ -33,6 +35,8 @@ class TableReader:
     table: str
     """For error messages."""
     rows: Rows
+    threads: Threads = ONE_THREAD
+    """That big reads are cut between."""
 
     @property
     def num_rows(self) -> int:
@@ -62,7 +66,7 @@ class TableReader:
         self.check(ids_N)
         rows, index_N = self._local(ids_N)
         out_ND = np.empty((ids_N.size, self.dim), dtype=np.float32)
-        gather_rows(rows, index_N, out_ND)
+        gather_rows(self.threads, rows, index_N, out_ND)
         return out_ND
 
     def combine(self, bag: Ragged, combiner: Combiner) -> F32:
@@ -71,7 +75,8 @@ class TableReader:
         rows, index_N = self._local(bag.ids)
         weights = _NO_WEIGHTS if bag.weights is None else bag.weights
         out_BD = np.empty((bag.num_examples, self.dim), dtype=np.float32)
-        combine_rows(rows, index_N, bag.row_splits, weights, COMBINER_CODES[combiner], out_BD)
+        code = COMBINER_CODES[combiner]
+        combine(self.threads, rows, index_N, bag.row_splits, weights, code, out_BD)
         return out_BD
 
     def place(self, bag: Ragged, length: int) -> F32:
@@ -86,13 +91,14 @@ class TableReader:
 
     def _local(self, ids_N: I64) -> tuple[F32, I64]:
         """An array that holds the rows of the ids, and where in it they are."""
-        if isinstance(self.rows, np.ndarray):
-            return self.rows, ids_N
+        shards = (self.rows,) if isinstance(self.rows, np.ndarray) else self.rows
+        if len(shards) == 1 and shards[0].flags.c_contiguous:
+            return shards[0], ids_N
         unique_U, index_N = distinct_ids(ids_N)
-        bounds = np.cumsum([0, *map(len, self.rows)])
+        bounds = np.cumsum([0, *map(len, shards)])
         shard_U = np.searchsorted(bounds, unique_U, side="right") - 1
         found_UD = np.zeros((unique_U.size, self.dim), dtype=np.float32)
-        for k, shard in enumerate(self.rows):
+        for k, shard in enumerate(shards):
             here = shard_U == k
             found_UD[here] = shard[unique_U[here] - bounds[k]]
         return found_UD, index_N

@@ -1,71 +1,105 @@
-"""`RowStore`: rows and their optimizer slots as parallel arrays, read and updated by kernels."""
+"""Rows and vectors with their optimizer slots, read and updated by kernels.
+
+`RowStore` keeps the row of a table and its slots side by side, in one record, because they are
+updated together: a random row then costs one place in memory rather than one per array. What reads
+rows or slots alone sees them as views with a stride. `FlatStore` is for one long vector.
+"""
 
 from __future__ import annotations
 
 from collections.abc import Callable, Sequence
 from functools import partial
+from typing import Self
 
 import numpy as np
 
 from ps.custom_optimizer import CustomOptimizer, updated_rows
 from ps.kernels import update
-from ps.kernels.combine import gather_rows
-from ps.optimizers import (
-    FTRL,
-    SGD,
-    Adagrad,
-    AdagradMomentum,
-    Adam,
-    Optimizer,
-)
+from ps.kernels.update import Numbers, Rule
+from ps.memory import CACHE_LINE, empty, zeros
+from ps.optimizers import FTRL, SGD, Adagrad, AdagradMomentum, Adam, Optimizer
 from ps.ragged import F32, I64
+from ps.threads import MIN_PART_BYTES, ONE_THREAD, Threads, gather_rows
 
-_UNTOUCHED_CHUNK = 4096
+_UNTOUCHED_CHUNK = 1 << 16
+_LINE = CACHE_LINE // 4
+_POWERS = (-1.0, -0.5, 0.0, 0.5, 1.0)
 
 
 class RowStore:
     """float32 rows [n, D] with one array of the same shape per slot."""
 
-    def __init__(self, rows: F32, optimizer: Optimizer) -> None:
-        self.rows = rows
+    def __init__(self, rows: F32, optimizer: Optimizer, threads: Threads = ONE_THREAD) -> None:
+        """Start with a copy of `rows` and fresh slots."""
+        self._start(rows.shape, optimizer, threads)
+        self.rows[:] = rows
+
+    @classmethod
+    def zeros(
+        cls, shape: tuple[int, int], optimizer: Optimizer, threads: Threads = ONE_THREAD
+    ) -> Self:
+        """Rows of zeros [n, D], to be filled in; they take no memory before."""
+        store = cls.__new__(cls)
+        store._start(shape, optimizer, threads)
+        return store
+
+    def _start(self, shape: tuple[int, ...], optimizer: Optimizer, threads: Threads) -> None:
+        num_rows, dim = shape
+        starts = optimizer.slot_initial_values
+        self._records = zeros((num_rows, (1 + len(starts)) * dim))
+        self._threads = threads
+        self._formula = None if isinstance(optimizer, CustomOptimizer) else Formula(optimizer)
         self.optimizer = optimizer
-        self.slots: dict[str, F32] = {
-            name: filled(rows.shape, value)
-            for name, value in zip(optimizer.slot_names, optimizer.slot_initial_values, strict=True)
-        }
-        self._bounds = _bounds(optimizer)
-        self._update = None if isinstance(optimizer, CustomOptimizer) else _kernel_of(optimizer)
+        self.rows, *slots = (
+            self._records[:, k * dim : (k + 1) * dim] for k in range(1 + len(starts))
+        )
+        self.slots: dict[str, F32] = dict(zip(optimizer.slot_names, slots, strict=True))
+        _fill(slots, starts)
 
     @property
     def size_bytes(self) -> int:
         """Bytes of rows and slots."""
-        return self.rows.nbytes * (1 + len(self.slots))
+        return self._records.nbytes
 
     def gather(self, local_rows: I64) -> F32:
         """float32 [n, D]: a copy of the given rows, int64 [n]."""
-        out = np.empty((local_rows.size, self.rows.shape[1]), dtype=np.float32)
-        gather_rows(self.rows, local_rows, out)
+        out: F32 = empty((local_rows.size, self.rows.shape[1]))
+        gather_rows(self._threads, self._records, local_rows, out)
         return out
 
     def apply(
-        self, local_rows: I64, grads: F32, rate: float, hyperparameters: Sequence[float] = ()
+        self,
+        local_rows: I64,
+        grads: F32,
+        rate: float,
+        hyperparameters: Sequence[float] = (),
+        *,
+        distinct: bool = False,
     ) -> None:
         """Update rows int64 [n] with gradients float32 [n, D], in order; `rate` is λ.
 
-        A row that appears several times is updated several times. Rows not named stay as they are,
+        A row that appears several times is updated several times; `distinct` says that none does,
+        so that several threads may be used, for the same bits. Rows not named stay as they are,
         unless the optimizer is non-lazy Adam.
 
         Raises:
             ConfigError: a custom computation failed; nothing has changed then.
         """
-        self.prepare(local_rows, grads, rate, hyperparameters)()
+        self.prepare(local_rows, grads, rate, hyperparameters, distinct=distinct)()
 
     def prepare(
-        self, local_rows: I64, grads: F32, rate: float, hyperparameters: Sequence[float] = ()
+        self,
+        local_rows: I64,
+        grads: F32,
+        rate: float,
+        hyperparameters: Sequence[float] = (),
+        *,
+        distinct: bool = False,
     ) -> Callable[[], None]:
         """`apply` up to where it changes something; calling what is returned does the rest."""
-        if not isinstance(self.optimizer, CustomOptimizer):
-            return partial(self._apply_kernel, local_rows, grads, rate)
+        if self._formula is not None:
+            return partial(self._apply_kernel, self._formula, local_rows, grads, rate, distinct)
+        assert isinstance(self.optimizer, CustomOptimizer)
         arrays = (self.rows, *self.slots.values())
         rows, values = updated_rows(
             self.optimizer, arrays, local_rows, grads, rate, hyperparameters
@@ -76,70 +110,108 @@ class RowStore:
         for array, new in zip((self.rows, *self.slots.values()), values, strict=True):
             array[local_rows] = new
 
-    def _apply_kernel(self, local_rows: I64, grads: F32, rate: float) -> None:
-        decay = np.float32(self.optimizer.decay(rate))
-        self._run(local_rows, grads, np.float32(rate), decay)
+    def _apply_kernel(
+        self, formula: Formula, index: I64, grads: F32, rate: float, distinct: bool
+    ) -> None:
+        kernel = update.updater(formula.rule, self.rows.shape[1])
+        numbers = formula.numbers(rate)
+        threads = self._threads if distinct else ONE_THREAD
+        parts = threads.parts(index.size, MIN_PART_BYTES // max(4, 4 * self._records.shape[1]) + 1)
+        threads.run([partial(kernel, self._records, index[p], grads[p], numbers) for p in parts])
         if self.optimizer.updates_untouched_rows:
-            untouched = np.ones(len(self.rows), dtype=bool)
-            untouched[local_rows] = False
-            rest = np.flatnonzero(untouched)
-            for start in range(0, rest.size, _UNTOUCHED_CHUNK):
-                chunk = rest[start : start + _UNTOUCHED_CHUNK]
-                zeros = np.zeros((chunk.size, self.rows.shape[1]), dtype=np.float32)
-                self._run(chunk, zeros, np.float32(rate), np.float32(0.0))
+            self._apply_zeros(formula, index, rate)
 
-    def _run(self, index: I64, grads: F32, rate: np.float32, decay: np.float32) -> None:
-        assert self._update is not None, "a custom computation has no kernel"
-        self._update(self.rows, *self.slots.values(), index, grads, rate, decay, self._bounds)
+    def _apply_zeros(self, formula: Formula, touched: I64, rate: float) -> None:
+        """A step with gradient 0 and without decay for the rows that are not named."""
+        kernel = update.updater(formula.rule.without(update.DECAYS), self.rows.shape[1])
+        numbers = formula.numbers(rate)
+        zero: F32 = zeros((1, self.rows.shape[1]))
+        untouched = np.ones(len(self.rows), dtype=bool)
+        untouched[touched] = False
 
+        def run(part: slice) -> None:
+            for start in range(part.start, part.stop, _UNTOUCHED_CHUNK):
+                chunk = untouched[start : min(start + _UNTOUCHED_CHUNK, part.stop)]
+                kernel(self._records, np.flatnonzero(chunk) + start, zero, numbers)
 
-def filled(shape: tuple[int, ...], value: float) -> F32:
-    """A float32 array of one value. Zeros take no memory before they are written."""
-    return np.full(shape, value, np.float32) if value else np.zeros(shape, np.float32)
-
-
-def _bounds(optimizer: Optimizer) -> F32:
-    given = (
-        optimizer.clip_gradient_min,
-        optimizer.clip_gradient_max,
-        optimizer.clip_weight_min,
-        optimizer.clip_weight_max,
-    )
-    open_ends = (-np.inf, np.inf, -np.inf, np.inf)
-    return np.array(
-        [o if g is None else g for g, o in zip(given, open_ends, strict=True)], dtype=np.float32
-    )
+        parts = self._threads.parts(len(self.rows), _UNTOUCHED_CHUNK)
+        self._threads.run([partial(run, part) for part in parts])
 
 
-def _kernel_of(optimizer: Optimizer) -> Callable[..., None]:
-    """The optimizer's kernel with its own float32 numbers already given as the last arguments."""
-    f32 = np.float32
-    extra: tuple[object, ...]
-    function: Callable[..., None]
+class FlatStore:
+    """A float32 vector [P] with one of the same size per slot: the values of a dense model."""
+
+    def __init__(self, values: F32, optimizer: Optimizer, threads: Threads = ONE_THREAD) -> None:
+        """Start with a copy of `values` and fresh slots."""
+        assert not isinstance(optimizer, CustomOptimizer), "its computation takes rows of a table"
+        size = -(-values.size // _LINE) * _LINE
+        self._arrays: F32 = zeros((1 + len(optimizer.slot_names), size))
+        self._threads = threads
+        self._formula = Formula(optimizer)
+        self.optimizer = optimizer
+        self.values, *slots = self._arrays[:, : values.size]
+        self.slots: dict[str, F32] = dict(zip(optimizer.slot_names, slots, strict=True))
+        _fill(slots, optimizer.slot_initial_values)
+        self.values[:] = values
+
+    def apply(self, grads: F32, rate: float) -> None:
+        """Update with gradients float32 [N, P], one after the other; `rate` is λ."""
+        kernel, numbers = update.flat_updater(self._formula.rule), self._formula.numbers(rate)
+        num_arrays, size = self._arrays.shape
+        # Cut at cache lines, so that no two threads write to the same one.
+        lines = self._threads.parts(size // _LINE, MIN_PART_BYTES // (4 * _LINE * num_arrays))
+        ends = [(_LINE * part.start, min(_LINE * part.stop, self.values.size)) for part in lines]
+        self._threads.run([partial(kernel, self._arrays, grads, *part, numbers) for part in ends])
+
+
+def _fill(slots: Sequence[F32], starts: Sequence[float]) -> None:
+    for slot, value in zip(slots, starts, strict=True):
+        if value:
+            slot.fill(value)
+
+
+class Formula:
+    """Which kernel an optimizer has, and the float32 numbers that it takes."""
+
+    def __init__(self, optimizer: Optimizer) -> None:
+        self._optimizer = optimizer
+        (number, option, power), own = _kernel_of(optimizer)
+        gradient = optimizer.clip_gradient_min, optimizer.clip_gradient_max
+        row = optimizer.clip_weight_min, optimizer.clip_weight_max
+        extras = (
+            update.CLIPS_GRADIENT * (gradient != (None, None))
+            + update.DECAYS * bool(optimizer.weight_decay_factor)
+            + update.CLIPS_ROW * (row != (None, None))
+        )
+        self.rule = Rule(number, extras, option, power)
+        no_bounds = (-np.inf, np.inf) * 2
+        bounds = (n if b is None else b for b, n in zip(gradient + row, no_bounds, strict=True))
+        self._numbers = tuple(np.float32(value) for value in (*bounds, *own))
+
+    def numbers(self, rate: float) -> Numbers:
+        """The last argument of a kernel."""
+        return (np.float32(rate), np.float32(self._optimizer.decay(rate)), *self._numbers)
+
+
+def _kernel_of(optimizer: Optimizer) -> tuple[tuple[int, int, int], tuple[float, ...]]:
+    """(`Rule.optimizer`, its `option` and `power`), and the numbers of its step."""
     match optimizer:
         case SGD():
-            function, extra = update.sgd, ()
+            return (update.SGD, 0, 0), ()
         case Adagrad():
-            function, extra = update.adagrad, ()
+            return (update.ADAGRAD, 0, 0), ()
         case AdagradMomentum(momentum=m, use_nesterov=n, exponent=e, beta2=b, epsilon=eps):
-            function, extra = (
-                update.adagrad_momentum,
-                (f32(m), n, f32(-1 / e), f32(b), f32(1 - b), f32(eps)),
-            )
+            option = int(np.float32(b) != 1) + 2 * bool(n)
+            return (update.ADAGRAD_MOMENTUM, option, _power(-1 / e)), (m, -1 / e, eps, b, 1 - b)
         case Adam(beta_1=b1, beta_2=b2, epsilon=eps, sum_inside_sqrt=inside):
-            function, extra = (
-                update.adam,
-                (f32(b1), f32(1 - b1), f32(b2), f32(1 - b2), f32(eps), inside),
-            )
-        case FTRL(
-            learning_rate_power=p,
-            l1_regularization_strength=l1,
-            l2_regularization_strength=l2,
-            beta=b,
-            multiply_linear_by_learning_rate=multiply,
-        ):
-            function = update.ftrl
-            extra = (f32(-p), f32(l1), f32(l2), f32(b), multiply)
-        case _:
-            raise TypeError(f"no kernel for {type(optimizer).__name__}")
-    return lambda *args: function(*args, *extra)
+            return (update.ADAM, int(bool(inside)), 0), (b1, 1 - b1, b2, 1 - b2, eps)
+        case FTRL(learning_rate_power=p, l1_regularization_strength=l1,
+                  l2_regularization_strength=l2, beta=b,
+                  multiply_linear_by_learning_rate=multiply):  # fmt: skip
+            return (update.FTRL, int(bool(multiply)), _power(-p)), (-p, l1, l2, b)
+    raise TypeError(f"no kernel for {type(optimizer).__name__}")
+
+
+def _power(exponent: float) -> int:
+    p = float(np.float32(exponent))
+    return int(2 * p) if p in _POWERS else update.ANY_POWER

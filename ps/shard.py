@@ -9,7 +9,7 @@ answered the moment that version is made, before anything later can be applied.
 from __future__ import annotations
 
 from collections import defaultdict
-from collections.abc import Callable, Iterator, Mapping
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from typing import Literal
 
@@ -18,14 +18,16 @@ import numpy as np
 from ps.custom_optimizer import CustomOptimizer
 from ps.errors import ConfigError, ProtocolError, ShardNotReadyError
 from ps.initializers import Constant, table_key
-from ps.kernels.combine import add_rows
 from ps.kernels.dedup import distinct_ids, first_out_of_range
+from ps.kernels.gradients import add_rows
+from ps.memory import zeros
 from ps.messages import Pull, Push, Rows, ShardStats
 from ps.optimizers import Optimizer, Rate, evaluate_rate
 from ps.partition import Layout, Slab
 from ps.ragged import F32, I64
-from ps.rowstore import RowStore, filled
+from ps.rowstore import FlatStore, RowStore
 from ps.spec import EmbeddingSpec, TableSpec
+from ps.threads import Threads
 
 Reduction = Literal["mean", "sum"]
 Reply = Callable[[Rows], None]
@@ -43,6 +45,8 @@ class ShardSpec:
     reduction: Reduction = "mean"
     """How the workers' gradients become one: their mean (default) or their sum."""
     seed: int = 0
+    threads: int = 1
+    """Cores that its kernels may use; results have the same bits for any number."""
 
     def __post_init__(self) -> None:
         if isinstance(self.dense_optimizer, CustomOptimizer):
@@ -63,8 +67,9 @@ class ShardState:
         self.spec = spec
         self.version = 0
         self._layout = Layout.of(spec.embedding, spec.num_shards)
+        self._threads = Threads(spec.threads)
         self._tables = [self._new_table(table) for table in spec.embedding.tables]
-        self._dense: RowStore | None = None
+        self._dense: FlatStore | None = None
         self._state = np.zeros(0, dtype=np.float32)
         self._next_step = [0] * spec.num_workers
         self._pushes: defaultdict[int, dict[int, Push]] = defaultdict(dict)
@@ -82,9 +87,9 @@ class ShardState:
             slots: float32 [p] per slot of the dense optimizer; None for their first values.
             version: number of steps that these values, and the tables, have behind them.
         """
-        self._dense = RowStore(dense.reshape(1, -1).copy(), self.spec.dense_optimizer)
+        self._dense = FlatStore(dense, self.spec.dense_optimizer, self._threads)
         for name, values in (slots or {}).items():
-            self._dense.slots[name][0] = values
+            self._dense.slots[name][:] = values
         self._state = state.copy()
         self.version = version
         self._next_step = [version] * self.spec.num_workers
@@ -170,9 +175,9 @@ class ShardState:
     def dense(self) -> tuple[F32, dict[str, F32], F32]:
         """Views of (trainable slice, its slots, non-trainable slice)."""
         store = self._check_ready()
-        return store.rows[0], {name: slot[0] for name, slot in store.slots.items()}, self._state
+        return store.values, dict(store.slots), self._state
 
-    def _check_ready(self) -> RowStore:
+    def _check_ready(self) -> FlatStore:
         if self._dense is None:
             raise ShardNotReadyError(f"shard {self.spec.shard_id} has no state yet")
         return self._dense
@@ -207,10 +212,10 @@ class ShardState:
             for index, table in zip(push.local_rows, self.spec.embedding.tables, strict=True)
         ]
         seen = [grads.shape for grads in push.grads]
-        if seen != wanted or push.dense_grad.shape != (dense.rows.size,):
+        if seen != wanted or push.dense_grad.shape != (dense.values.size,):
             raise ProtocolError(
                 f"shard {self.spec.shard_id}: gradients of shapes {seen} and "
-                f"{push.dense_grad.shape}, wanted {wanted} and ({dense.rows.size},)"
+                f"{push.dense_grad.shape}, wanted {wanted} and ({dense.values.size},)"
             )
         if push.state is not None and push.state.shape != self._state.shape:
             raise ProtocolError(
@@ -226,21 +231,21 @@ class ShardState:
         placement = self._layout.placements[table.name]
         key = table_key(self.spec.seed, table.name)
         num_rows = placement.num_local_rows(self.spec.shard_id)
-        rows = filled((num_rows, table.dim), 0.0)
+        store = RowStore.zeros((num_rows, table.dim), table.optimizer, self._threads)
         if table.initializer == Constant(0.0):
-            return RowStore(rows, table.optimizer)
+            return store
         for slab in placement.slabs(self.spec.shard_id):
             ids = np.arange(slab.first_id, slab.first_id + slab.num_rows, dtype=np.int64)
             span = slice(slab.first_local_row, slab.first_local_row + slab.num_rows)
-            rows[span] = table.initializer.rows(key, ids, table.dim)
-        return RowStore(rows, table.optimizer)
+            store.rows[span] = table.initializer.rows(key, ids, table.dim)
+        return store
 
     def _read(self, pull: Pull) -> Rows:
         rows = tuple(
             store.gather(local) for store, local in zip(self._tables, pull.local_rows, strict=True)
         )
         self._rows_pulled += sum(len(r) for r in rows)
-        dense = self._check_ready().rows[0].copy()
+        dense = self._check_ready().values.copy()
         return Rows(self.version, rows, dense, self._state.copy())
 
     def _answer_waiting(self) -> None:
@@ -257,13 +262,10 @@ class ShardState:
         updates = [self._prepare(i, ranked, rate) for i, rate in enumerate(rates)]
         for update in updates:
             update()
-        first = np.zeros(1, dtype=np.int64)
-        index, grads = self._reduce(
-            [first] * len(ranked),
-            [p.dense_grad.reshape(1, -1) for p in ranked],
-            dense.optimizer.use_gradient_accumulation,
+        grads = self._reduce_dense(
+            [p.dense_grad for p in ranked], dense.optimizer.use_gradient_accumulation
         )
-        dense.apply(index, grads, dense_rate)
+        dense.apply(grads, dense_rate)
         if ranked[0].state is not None:
             self._state = ranked[0].state.copy()
 
@@ -277,7 +279,8 @@ class ShardState:
         )
         rate, *hyperparameters = rates
         try:
-            update = store.prepare(index, grads, rate, hyperparameters)
+            distinct = store.optimizer.use_gradient_accumulation
+            update = store.prepare(index, grads, rate, hyperparameters, distinct=distinct)
         except ConfigError as e:
             name = self.spec.embedding.tables[i].name
             raise ConfigError(
@@ -286,7 +289,7 @@ class ShardState:
         self._rows_pushed += index.size
         return update
 
-    def _rates(self, stores: list[RowStore]) -> list[list[float]]:
+    def _rates(self, stores: Sequence[RowStore | FlatStore]) -> list[list[float]]:
         """The rates of each; a callable is called once a step, however many share it."""
         known: list[tuple[Rate, float]] = []
 
@@ -304,12 +307,29 @@ class ShardState:
         if len(grads) == 1:
             return indices[0], grads[0]
         index = np.concatenate(indices)
-        total = np.concatenate(grads)
-        if accumulate:
-            unique, inverse = distinct_ids(index)
-            summed = np.zeros((unique.size, total.shape[1]), dtype=np.float32)
-            add_rows(total, inverse, summed)
-            index, total = unique, summed
+        if not accumulate:
+            return index, self._scaled(np.concatenate(grads), len(grads))
+        index, places = distinct_ids(index)
+        total: F32 = zeros((index.size, grads[0].shape[1]))
+        stop = 0
+        for grad in grads:
+            start, stop = stop, stop + len(grad)
+            add_rows(grad, places[start:stop], total)
+        return index, self._scaled(total, len(grads))
+
+    def _reduce_dense(self, grads: list[F32], accumulate: bool) -> F32:
+        """float32 [1, P], or [N, P] where contributions are not summed; in worker-rank order."""
+        if len(grads) == 1:
+            return grads[0].reshape(1, -1)
+        if not accumulate:
+            return self._scaled(np.stack(grads), len(grads))
+        total = np.zeros((1, grads[0].size), dtype=np.float32)
+        for grad in grads:
+            total += grad
+        return self._scaled(total, len(grads))
+
+    def _scaled(self, total: F32, num_workers: int) -> F32:
+        """The mean of so many workers if that is wanted; changes `total`."""
         if self.spec.reduction == "mean":
-            total *= np.float32(1.0 / len(grads))
-        return index, total
+            total *= np.float32(1.0 / num_workers)
+        return total

@@ -1,34 +1,44 @@
 """Compile (or load from the cache) every kernel a shard needs before it says it is ready.
 
-Arrays that arrive through Ray are read-only, which numba compiles apart: both kinds are warmed.
+Not a list of kernels, which would fall behind: a shard of the same tables and optimizers, with one
+row each, takes one step of all workers.
 """
 
 from __future__ import annotations
 
-import itertools
+from dataclasses import replace
+from typing import Any, cast
 
 import numpy as np
 
 from ps.custom_optimizer import CustomOptimizer
-from ps.kernels.combine import add_rows
-from ps.kernels.dedup import distinct_ids, first_out_of_range
-from ps.rowstore import RowStore
-from ps.shard import ShardSpec
+from ps.messages import Pull, Push
+from ps.optimizers import SGD, Optimizer
+from ps.shard import ShardSpec, ShardState
+from ps.spec import TableSpec
 
 
 def warm_up(spec: ShardSpec) -> None:
-    """Run the kernels of this shard once, on one row."""
-    tables = spec.embedding.tables
-    optimizers = {type(o): o for o in (spec.dense_optimizer, *(t.optimizer for t in tables))}
-    optimizers.pop(CustomOptimizer, None)  # has no kernel
-    for index_writeable, grads_writeable in itertools.product((False, True), repeat=2):
-        index = np.zeros(1, dtype=np.int64)
-        grads = np.zeros((1, 1), dtype=np.float32)
-        index.flags.writeable, grads.flags.writeable = index_writeable, grads_writeable
-        first_out_of_range(index, 1)
-        distinct_ids(index)
-        add_rows(grads, index, np.zeros((1, 1), dtype=np.float32))
-        for optimizer in optimizers.values():
-            store = RowStore(np.ones((1, 1), dtype=np.float32), optimizer)
-            store.gather(index)
-            store.apply(index, grads, 0.0)
+    """Run the kernels of this shard once, on one row of every table."""
+    embedding = replace(spec.embedding, tables=tuple(map(_one_row, spec.embedding.tables)))
+    dense = _constant(spec.dense_optimizer)
+    shard = ShardState(
+        replace(spec, shard_id=0, num_shards=1, embedding=embedding, dense_optimizer=dense)
+    )
+    shard.set_dense(np.zeros(1, dtype=np.float32), np.zeros(0, dtype=np.float32))
+    first = (np.zeros(1, dtype=np.int64),) * len(embedding.tables)
+    grads = tuple(np.zeros((1, table.dim), dtype=np.float32) for table in embedding.tables)
+    for worker in range(spec.num_workers):
+        shard.push(Push(worker, 0, first, grads, np.zeros(1, dtype=np.float32), None))
+    shard.pull(Pull(0, 1, 1, first), lambda rows: None)
+
+
+def _one_row(table: TableSpec) -> TableSpec:
+    return replace(table, vocabulary_size=1, optimizer=_constant(table.optimizer))
+
+
+def _constant(optimizer: Optimizer) -> Optimizer:
+    """The optimizer without what the user wrote: functions are called in steps only."""
+    if isinstance(optimizer, CustomOptimizer):
+        return SGD()
+    return cast("Optimizer", replace(cast("Any", optimizer), learning_rate=0.0))

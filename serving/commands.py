@@ -32,6 +32,7 @@ def serve_command(
         int, typer.Option(min=0, max=65535, help="Port to listen on; 0: a free one.")
     ] = 8000,
     replicas: Annotated[int, typer.Option(min=1, help="Serving processes.")] = 1,
+    threads: Annotated[int, typer.Option(min=1, help="CPUs per process, for big lookups.")] = 1,
     verify: Annotated[bool, typer.Option("--verify", help="Check all checksums first.")] = False,
     check: Annotated[
         bool, typer.Option("--check", help="Answer one example lookup over HTTP, then stop.")
@@ -44,8 +45,8 @@ def serve_command(
     from serving.deployment import deploy, undeploy
 
     opened = open_export(export, verify=verify)
-    with ray_cluster(address, replicas + 1):
-        url = deploy(opened.path, host=host, port=port, num_replicas=replicas)
+    with ray_cluster(address, replicas * threads + 1):
+        url = deploy(opened.path, host=host, port=port, num_replicas=replicas, threads=threads)
         try:
             typer.echo(f"serving {opened.job} {opened.version} (step {opened.step}) at {url}")
             if check:

@@ -18,6 +18,7 @@ from ray import serve
 
 from ps.errors import ConfigError, ServerUnavailableError
 from ps.export import open_export
+from ps.threads import Threads
 from serving.app import create_app
 from serving.client import LookupClient
 from serving.limits import Limits
@@ -34,6 +35,7 @@ def deploy(
     host: str = "127.0.0.1",
     port: int = 8000,
     num_replicas: int = 1,
+    threads: int = 1,
     name: str = "manta",
     limits: Limits | None = None,
 ) -> str:
@@ -43,7 +45,8 @@ def deploy(
         export_path: an export root or version folder, visible to every node that runs a replica.
         host: address to listen on; the default answers only this machine.
         port: port to listen on; 0 is a free one.
-        num_replicas: processes that answer, one CPU each.
+        num_replicas: processes that answer.
+        threads: CPUs that each of them asks Ray for and cuts big lookups between.
         name: name of the Serve application.
         limits: bounds of one request.
 
@@ -64,7 +67,8 @@ def deploy(
     reachable = _reachable(host)
     url = f"http://[{reachable}]:{port}" if ":" in reachable else f"http://{reachable}:{port}"
     try:
-        _run(serve.deployment(serve.ingress(_builder(str(version), limits))()), name, num_replicas)
+        ingress = serve.ingress(_builder(str(version), limits, threads))()
+        _run(serve.deployment(ingress), name, num_replicas, threads)
         with LookupClient(url) as client:
             client.wait_ready()
     except BaseException:
@@ -85,11 +89,12 @@ def shutdown() -> None:
         serve.shutdown()
 
 
-def _run(ingress: serve.Deployment, name: str, num_replicas: int) -> None:
+def _run(ingress: serve.Deployment, name: str, num_replicas: int, cpus: int) -> None:
     """Start the replicas and wait for them."""
     deployment = ingress.options(
         name="lookup",
         num_replicas=num_replicas,
+        ray_actor_options={"num_cpus": cpus},
         max_ongoing_requests=MAX_ONGOING_REQUESTS,
         logging_config=_QUIET,
     )
@@ -101,11 +106,11 @@ def _run(ingress: serve.Deployment, name: str, num_replicas: int) -> None:
         ) from e
 
 
-def _builder(version: str, limits: Limits | None) -> Callable[[], FastAPI]:
+def _builder(version: str, limits: Limits | None, threads: int) -> Callable[[], FastAPI]:
     """What a replica runs first. Travels by pickle, so it holds the path and not the tables."""
 
     def build() -> FastAPI:
-        app = create_app(LookupService(open_export(Path(version))), limits)
+        app = create_app(LookupService(open_export(Path(version)), Threads(threads)), limits)
         gc.collect()
         gc.freeze()  # what lives now lives for ever: keep it out of collections
         return app

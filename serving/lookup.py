@@ -10,6 +10,7 @@ import difflib
 import math
 from collections.abc import Mapping
 from dataclasses import dataclass
+from functools import lru_cache, partial
 from typing import Any, cast
 
 import numpy as np
@@ -17,12 +18,16 @@ import numpy as np
 from ps.columns import RawValues, Steps, Transform, lookup_steps
 from ps.errors import InputError
 from ps.export import Export
+from ps.feature_group import FeatureGroup, Source, groups_of
 from ps.inputs import Bags, Dense, Input
 from ps.lookup import is_sequence, lookup, lookup_shape
 from ps.ragged import F32, I64, Ragged
 from ps.spec import FeatureSpec
+from ps.threads import ONE_THREAD, Threads
 
 _LONGEST_NAME = 200
+_KEPT_PLANS = 256
+"""How many kinds of request are remembered: the features, their order and the forms of input."""
 
 
 @dataclass(frozen=True, slots=True, eq=False)
@@ -47,8 +52,21 @@ class UnknownFeatureError(InputError):
 class LookupService:
     """Answers lookups from the memory-mapped tables of an export."""
 
-    def __init__(self, export: Export) -> None:
+    def __init__(self, export: Export, threads: Threads = ONE_THREAD) -> None:
+        """Open for lookups.
+
+        Args:
+            export: what to serve.
+            threads: that big lookups are cut between.
+        """
         self.export = export
+        self._threads = threads
+        tables = {name: export.tables[f.table] for name, f in export.features.items()}
+        sources = {
+            name: Source(export.features[name], table.combiner, table.rows_VD)
+            for name, table in tables.items()
+        }
+        self._groups = lru_cache(_KEPT_PLANS)(partial(groups_of, sources, threads))
         self._warm_up()
 
     def lookup(self, inputs: Mapping[str, AnyInput]) -> dict[str, F32]:
@@ -61,7 +79,8 @@ class LookupService:
 
         Returns:
             float32 arrays, of the shapes that `ps.lookup.lookup` says. Of `Raw` [B, D], or
-            [B, L, D] for sequences.
+            [B, L, D] for sequences. Several may be parts of one buffer, which lives as long as any
+            of them.
 
         Raises:
             UnknownFeatureError: there is no such feature.
@@ -81,9 +100,13 @@ class LookupService:
         Raises:
             as `lookup`.
         """
+        grouped = self._lookup_groups(inputs)
         outputs: dict[str, F32] = {}
         lengths: dict[str, I64] = {}
         for name, value in inputs.items():
+            if name in grouped:
+                outputs[name] = grouped[name]
+                continue
             feature = self.feature(name)
             if not isinstance(value, Raw):
                 outputs[name] = self._lookup_ids(feature, value)
@@ -132,9 +155,22 @@ class LookupService:
             *cast("list[int]", activation_shape(feature, dim)[1:]),
         )
 
+    def _lookup_groups(self, inputs: Mapping[str, AnyInput]) -> dict[str, F32]:
+        """Activations of the features that are looked up in groups: none that is refused."""
+        try:
+            groups = self._groups(tuple(inputs), tuple(map(type, inputs.values())))
+        except KeyError:
+            return {}  # for an unknown feature; what is wrong with one before it is said first
+        outputs: dict[str, F32] = {}
+        for group in groups:
+            found_FBD = group.lookup(inputs)
+            if found_FBD is not None:
+                outputs.update(zip(group.names, found_FBD, strict=True))
+        return outputs
+
     def _lookup_ids(self, feature: FeatureSpec, ids: Input | Bags) -> F32:
         table = self.export.tables[feature.table]
-        return lookup(feature, table.name, table.combiner, table.rows_VD, ids)
+        return lookup(feature, table.name, table.combiner, table.rows_VD, ids, self._threads)
 
     def _lookup_steps(self, feature: FeatureSpec, steps: Steps) -> F32:
         table = self.export.tables[feature.table]
@@ -165,9 +201,12 @@ class LookupService:
         flat = np.zeros(1, dtype=np.int64)
         bag = Ragged(flat, np.array([0, 1]))
         weighted = Ragged(flat, bag.row_splits, np.ones(1, dtype=np.float32))
-        for table in list(self.export.tables.values())[:1]:
+        for table in {table.dim: table for table in self.export.tables.values()}.values():
             combined = FeatureSpec(name="", table=table.name)
             sequence = FeatureSpec(name="", table=table.name, max_sequence_length=1)
+            source = Source(combined, table.combiner, table.rows_VD)
+            for value in (Dense(flat), bag):
+                FeatureGroup(type(value), [source], ONE_THREAD).lookup({"": value})
             self._lookup_ids(combined, Dense(flat))
             self._lookup_ids(combined, bag)
             self._lookup_ids(combined, weighted)

@@ -173,13 +173,22 @@ class ClusterConfig:
     """`{TPU: 4}` puts each worker on a TPU host and runs the dense model under TPUStrategy."""
     threads_per_worker: int = 1
     """TensorFlow's threads per operation; 1 keeps results bit-identical from run to run."""
+    threads_per_shard: int = 1
+    """Cores that a shard's kernels use, for the same bits; `shard_resources` must ask for as many
+    CPUs."""
     start_timeout_s: float = 180.0
     step_timeout_s: float = 300.0
 
     def __post_init__(self) -> None:
-        for name in ("shards", "workers", "threads_per_worker"):
+        for name in ("shards", "workers", "threads_per_worker", "threads_per_shard"):
             if getattr(self, name) < 1:
                 raise ConfigError(f"{name} must be at least 1, got {getattr(self, name)}")
+        cpus = self.shard_resources.get("CPU", 0)
+        if self.threads_per_shard > max(1, cpus):
+            raise ConfigError(
+                f"threads_per_shard: {self.threads_per_shard} threads need as many CPUs, but "
+                f"shard_resources asks for CPU: {cpus:g}"
+            )
         for name in ("start_timeout_s", "step_timeout_s"):
             if not getattr(self, name) > 0:
                 raise ConfigError(f"{name} must be above 0, got {getattr(self, name)}")

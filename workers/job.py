@@ -152,6 +152,7 @@ class Run:
                 dense_optimizer=job.train.dense_optimizer,
                 reduction=job.train.reduction,
                 seed=job.seed,
+                threads=job.cluster.threads_per_shard,
             ),
             job.cluster.shard_resources,
             job.name,

@@ -17,8 +17,10 @@ import numpy.typing as npt
 
 from ps.config import CustomCombiner, QuantizationConfig
 from ps.errors import IdRangeError
-from ps.kernels.combine import COMBINER_CODES, combine_gradients, combine_rows, entry_gradients
+from ps.kernels.combine import COMBINER_CODES, combine_rows
 from ps.kernels.dedup import first_out_of_range
+from ps.kernels.gradients import combine_gradients, entry_gradients
+from ps.memory import zeros
 from ps.partition import DistinctRows, Layout, distinct_rows
 from ps.ragged import F32, I64, Ragged
 from ps.spec import EmbeddingSpec, FeatureSpec, TableSpec
@@ -118,7 +120,8 @@ def plan_batch(
             else:
                 on_device.append((feature.name, width, bag, part))
         if on_device:
-            device[table.name] = _device_plan(table, on_device)
+            num_distinct = distinct[table.name].ids.size
+            device[table.name] = _device_plan(table, num_distinct, on_device)
     ordered = tuple(host[f.name] for f in spec.features if f.name in host)
     return BatchPlan(distinct, ordered, device, batch, num_ids, lengths(bags))
 
@@ -214,15 +217,20 @@ def _feature_plan(
     return FeaturePlan(feature, COMBINER_CODES[code], index, splits, weights)
 
 
-def _device_plan(table: TableSpec, features: Sequence[tuple[str, int, Ragged, I64]]) -> DevicePlan:
+def _device_plan(
+    table: TableSpec, num_distinct: int, features: Sequence[tuple[str, int, Ragged, I64]]
+) -> DevicePlan:
     """Features as (name, W, bag, place of each id among the table's distinct rows)."""
-    places = np.unique(np.concatenate([index for *_, index in features]))
+    used = np.zeros(num_distinct, dtype=bool)
+    for *_, index in features:
+        used[index] = True
+    places, row_of_place = np.flatnonzero(used), np.cumsum(used) - 1
     indices, valency, most = {}, {}, 0
     for name, width, bag, index in features:
         counts = np.diff(bag.row_splits)
         example = np.repeat(np.arange(bag.num_examples), counts)
         indices[name] = np.zeros((bag.num_examples, width), dtype=np.int32)
-        indices[name][example, bag.positions] = np.searchsorted(places, index)
+        indices[name][example, bag.positions] = row_of_place[index]
         valency[name] = counts.astype(np.int32)
         most += bag.num_examples * width
     return DevicePlan(places, min(most, table.vocabulary_size), indices, valency)
@@ -241,7 +249,7 @@ def _quantized(config: QuantizationConfig | None, rows_UD: F32) -> F32:
 def _summed(
     table: TableSpec, plan: BatchPlan, plans: Sequence[FeaturePlan], grads: Mapping[str, F32]
 ) -> F32:
-    out = np.zeros((plan.distinct[table.name].ids.size, table.dim), dtype=np.float32)
+    out: F32 = zeros((plan.distinct[table.name].ids.size, table.dim))
     for f in plans:
         upstream = grads[f.spec.name].reshape(-1, table.dim)
         combine_gradients(upstream, f.index, f.row_splits, f.weights, f.combiner, out)

@@ -21,7 +21,7 @@ _K1 = np.uint64(0xB492B66FBE98F273)
 _K2 = np.uint64(0x9AE16A3B2F90404F)
 
 
-@kernel
+@kernel()
 def fingerprint64(data: U8, offsets_N1: I64) -> U64:
     """uint64 [N]: the fingerprint of every string."""
     out = np.empty(offsets_N1.size - 1, dtype=np.uint64)
@@ -30,7 +30,7 @@ def fingerprint64(data: U8, offsets_N1: I64) -> U64:
     return out
 
 
-@kernel
+@kernel()
 def index_strings(data: U8, offsets_N1: I64, hashes_N: U64) -> tuple[I64, int]:
     """A hash table of distinct strings, for `find_strings`.
 
@@ -49,7 +49,7 @@ def index_strings(data: U8, offsets_N1: I64, hashes_N: U64) -> tuple[I64, int]:
     return places, -1
 
 
-@kernel
+@kernel()
 def find_strings(
     places: I64, data: U8, offsets_V1: I64, query: U8, query_offsets_N1: I64, hashes_N: U64
 ) -> I64:
@@ -60,7 +60,7 @@ def find_strings(
     return out
 
 
-@kernel
+@inline
 def _probe(
     places: I64, data: U8, offsets: I64, key: np.uint64, query: U8, query_offsets: I64, n: int
 ) -> tuple[np.int64, np.int64]:
@@ -80,7 +80,7 @@ def _probe(
     return slot, np.int64(-1)
 
 
-@kernel
+@inline
 def _fingerprint(s: U8, p: int, length: int) -> np.uint64:
     if length <= 16:
         return _up_to_16(s, p, length)
@@ -123,7 +123,7 @@ def _hash_16(u: np.uint64, v: np.uint64, mul: np.uint64) -> np.uint64:
     return _shift_mix((v ^ a) * mul) * mul
 
 
-@kernel
+@inline
 def _up_to_16(s: U8, p: int, length: int) -> np.uint64:
     size = np.uint64(length)
     mul = _K2 + size * np.uint64(2)
@@ -143,7 +143,7 @@ def _up_to_16(s: U8, p: int, length: int) -> np.uint64:
     return _K2
 
 
-@kernel
+@inline
 def _17_to_32(s: U8, p: int, length: int) -> np.uint64:
     mul = _K2 + np.uint64(length) * np.uint64(2)
     a = _fetch64(s, p) * _K1
@@ -154,7 +154,7 @@ def _17_to_32(s: U8, p: int, length: int) -> np.uint64:
     return _hash_16(u, a + _rotate(b + _K2, 18) + c, mul)
 
 
-@kernel
+@inline
 def _33_to_64(s: U8, p: int, length: int) -> np.uint64:
     mul = _K2 + np.uint64(length) * np.uint64(2)
     a = _fetch64(s, p) * _K2
@@ -171,7 +171,7 @@ def _33_to_64(s: U8, p: int, length: int) -> np.uint64:
     return _hash_16(u, e + _rotate(f + a, 18) + g, mul)
 
 
-@kernel
+@inline
 def _weak_32(s: U8, p: int, a: np.uint64, b: np.uint64) -> tuple[np.uint64, np.uint64]:
     """32 bytes and two seeds, with a weak guarantee, to two words."""
     a += _fetch64(s, p)
@@ -182,7 +182,7 @@ def _weak_32(s: U8, p: int, a: np.uint64, b: np.uint64) -> tuple[np.uint64, np.u
     return a + last, b + _rotate(a, 44) + c
 
 
-@kernel
+@inline
 def _long(s: U8, p: int, length: int) -> np.uint64:
     """More than 64 bytes: blocks of 64, then the last 64 bytes once more."""
     seed = np.uint64(81)

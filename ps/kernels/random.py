@@ -81,7 +81,7 @@ def _normal_quantile(p: float) -> float:
     return -tail if q < 0.0 else tail
 
 
-@kernel
+@kernel()
 def uniform_rows(key: np.uint64, ids_N: I64, dim: int, low: float, high: float) -> F32:
     """float32 [N, D]: low + u·(high - low)."""
     out = np.empty((ids_N.size, dim), dtype=np.float32)
@@ -91,7 +91,7 @@ def uniform_rows(key: np.uint64, ids_N: I64, dim: int, low: float, high: float) 
     return out
 
 
-@kernel
+@kernel()
 def normal_rows(key: np.uint64, ids_N: I64, dim: int, mean: float, stddev: float) -> F32:
     """float32 [N, D]: mean + stddev·Φ⁻¹(u)."""
     out = np.empty((ids_N.size, dim), dtype=np.float32)
@@ -101,7 +101,7 @@ def normal_rows(key: np.uint64, ids_N: I64, dim: int, mean: float, stddev: float
     return out
 
 
-@kernel
+@kernel()
 def truncated_normal_rows(key: np.uint64, ids_N: I64, dim: int, mean: float, stddev: float) -> F32:
     """float32 [N, D]: as `normal_rows`, with u drawn between Φ(-2) and Φ(2)."""
     out = np.empty((ids_N.size, dim), dtype=np.float32)

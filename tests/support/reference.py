@@ -14,6 +14,7 @@ from statistics import NormalDist
 
 import numpy as np
 
+from ps.kernels.rows import QuantizedRows
 from ps.optimizers import FTRL, SGD, Adagrad, AdagradMomentum, Adam, Optimizer
 from ps.ragged import F32, I64
 
@@ -54,6 +55,19 @@ def coefficients(splits_B1: I64, weights: F32 | None, combiner: str) -> F32:
         if total != 0:
             out[start:stop] = w[start:stop] / total
     return out
+
+
+@quiet
+def float32_rows(q: QuantizedRows) -> F32:
+    """float32 [V, D]: what every record stands for; int8: (q·scale) + offset, rounded twice."""
+    match q.format:
+        case "float16":
+            return q.records.view(np.float16).astype(f32)
+        case "bfloat16":
+            return (q.records.view(np.uint16).astype(np.uint32) << 16).view(f32)
+        case "int8":
+            scale_offset_V2 = np.ascontiguousarray(q.records[:, :8]).view(f32)
+            return q.records[:, 8:].astype(f32) * scale_offset_V2[:, :1] + scale_offset_V2[:, 1:]
 
 
 @quiet
@@ -148,10 +162,11 @@ def distinct_ids(ids_N: I64) -> tuple[I64, I64]:
     return np.array(list(places), dtype=np.int64), np.array(inverse, dtype=np.int64)
 
 
-def shard_major(
-    unique_U: I64, inverse_N: I64, slab_rows: int, num_shards: int, offset: int
+def distinct_by_shard(
+    ids_N: I64, slab_rows: int, num_shards: int, offset: int
 ) -> tuple[I64, I64, I64, I64]:
-    """(ids, local rows, shard splits, inverse) of distinct ids ordered by shard, stable."""
+    """(ids, local rows, shard splits, inverse): the distinct ids, ordered by shard, stable."""
+    unique_U, inverse_N = distinct_ids(ids_N)
     slab_U, place_U = np.divmod(unique_U, slab_rows)
     shard_U = (slab_U + offset) % num_shards
     local_U = slab_U // num_shards * slab_rows + place_U
@@ -239,6 +254,16 @@ def rounded_power(x: F32, p: np.float32) -> F32:
     return (x.astype(np.float64) ** float(p)).astype(f32)
 
 
+def power_of(x: F32, p: np.float32, general: Power) -> F32:
+    """x**p, where p is -1, -½, 0, ½ or 1 by square root and division, else as `general` has it."""
+    if p == 0:
+        return np.ones_like(x)
+    if abs(p) not in (0.5, 1):
+        return general(x, p)
+    root = np.sqrt(x) if abs(p) == f32(0.5) else x
+    return root if p > 0 else f32(1) / root
+
+
 @quiet
 def optimize(
     optimizer: Optimizer,
@@ -251,13 +276,14 @@ def optimize(
 ) -> tuple[F32, dict[str, F32]]:
     """(rows, slots) after applying gradients to rows in order; others stay (lazy optimizers).
 
-    Per entry: clip the gradient, decay the row, the optimizer's step, clip the row.
+    Per entry: clip the gradient, decay the row, the optimizer's step, clip the row; each only if
+    the optimizer asks for it.
     """
     rows, new = rows.copy(), {name: slot.copy() for name, slot in slots.items()}
     decay = f32(optimizer.decay(rate))
     for r, grad in zip(index_N, grads_ND, strict=True):
         g = clip(grad, optimizer.clip_gradient_min, optimizer.clip_gradient_max)
-        w = rows[r] - decay * rows[r]
+        w = rows[r] - decay * rows[r] if optimizer.weight_decay_factor else rows[r]
         before = tuple(new[name][r] for name in optimizer.slot_names)
         w, *after = _STEPS[type(optimizer)](optimizer, w, g, f32(rate), power, *before)
         rows[r] = clip(w, optimizer.clip_weight_min, optimizer.clip_weight_max)
@@ -289,7 +315,7 @@ def _adagrad_momentum(
 ) -> tuple[F32, ...]:
     beta2, momentum = f32(o.beta2), f32(o.momentum)
     a = a + g * g if beta2 == 1 else beta2 * a + f32(1 - o.beta2) * (g * g)
-    s = g * power(a + f32(o.epsilon), f32(-1 / o.exponent))
+    s = g * power_of(a + f32(o.epsilon), f32(-1 / o.exponent), power)
     m = momentum * m + s
     return w - rate * (momentum * m + s if o.use_nesterov else m), a, m
 
@@ -310,8 +336,8 @@ def _ftrl(
     p, beta = f32(-o.learning_rate_power), f32(o.beta)
     l1, l2 = f32(o.l1_regularization_strength), f32(o.l2_regularization_strength)
     new_a = a + g * g
-    root = power(new_a, p)
-    delta = root - power(a, p)
+    root = power_of(new_a, p, power)
+    delta = root - power_of(a, p, power)
     if o.multiply_linear_by_learning_rate:
         linear = linear + rate * g - delta * w
         bound, denominator = rate * l1, root + beta + f32(2) * rate * l2

@@ -48,3 +48,11 @@ def frozen(array: T) -> T:
     copy = array.copy()
     copy.flags.writeable = False
     return copy
+
+
+def unaligned(array: np.ndarray) -> np.ndarray:
+    """A copy at an odd address, as arrays in a message or a file may lie."""
+    raw = np.zeros(array.nbytes + 1, dtype=np.uint8)
+    copy = raw[1 - raw.ctypes.data % 2 :][: array.nbytes].view(array.dtype).reshape(array.shape)
+    copy[...] = array
+    return copy

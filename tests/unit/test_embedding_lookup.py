@@ -145,6 +145,15 @@ def test_ids_beyond_int32_find_their_rows() -> None:
         lookup(FEATURE, "t", "sum", rows, Dense(np.array([2**31 + 2])))
 
 
+@pytest.mark.parametrize("value", [Dense(np.array([4, 1])), Ragged.from_lists([[4, 0], [], [1]])])
+def test_rows_may_lie_in_any_order_in_memory(value: Any) -> None:
+    whole = np.arange(40, dtype=np.float32).reshape(5, 8)
+    wanted = lookup(FEATURE, "t", "sum", whole[:, :4].copy(), value)
+    for rows in (whole[:, :4], np.asfortranarray(whole[:, :4]), whole[::-1].copy()[::-1, :4]):
+        assert not rows.flags.c_contiguous
+        assert np.array_equal(lookup(FEATURE, "t", "sum", rows, value), wanted)
+
+
 BAG = Ragged.from_lists([[0, 1]], [[1, 2]])
 SPARSE = Sparse(np.array([[0, 0], [0, 1]]), BAG.ids, (1, 2), BAG.weights)
 
