@@ -8,7 +8,7 @@ DEMO   := runs/demo
 SOURCES := manta.py $(shell find ps workers serving -name '*.py')
 TESTS   := $(shell find tests -name '*.py') $(wildcard configs/*.yaml) pyproject.toml
 
-.PHONY: demo test retest parity fast faults check lint types imports format bench install clean
+.PHONY: demo test retest parity fast faults check lint types imports format bench bench-kernels install clean
 
 ## demo: make data, train on 2 shards and 2 workers, export, serve, ask one lookup over HTTP
 demo: $(DEMO)/export/LATEST
@@ -71,6 +71,10 @@ format: $(MADE)/installed-dev
 bench: $(MADE)/installed-dev
 	PYTHONPATH=. $(BIN)/python benchmarks/lookup.py
 
+## bench-kernels: kernels against TensorFlow, torch, FBGEMM and pandas; writes docs/benchmarks.md
+bench-kernels: $(MADE)/installed-bench
+	$(BIN)/python -m benchmarks.kernels
+
 ## install: the virtual environment with everything needed to train and serve
 install: $(MADE)/installed
 
@@ -84,6 +88,12 @@ $(MADE)/installed: pyproject.toml requirements.lock | $(VENV)/bin/python
 
 $(MADE)/installed-dev: $(MADE)/installed
 	$(BIN)/pip install --quiet --disable-pip-version-check -c requirements.lock -e '.[dev]'
+	@mkdir -p $(MADE) && touch $@
+
+# PyTorch's default build may bring gigabytes of CUDA along: install a CPU build of this version
+# into the environment first, and it is kept.
+$(MADE)/installed-bench: $(MADE)/installed
+	$(BIN)/pip install --quiet --disable-pip-version-check -c requirements.lock -e '.[bench]'
 	@mkdir -p $(MADE) && touch $@
 
 clean:

@@ -1,0 +1,1 @@
+"""The kernels of `ps.kernels` against TensorFlow, torch, FBGEMM, pandas, NumPy and bare C."""
