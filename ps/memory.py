@@ -8,13 +8,17 @@ array of 4 MiB and more, where the system grants them on request (Linux:
 
 from __future__ import annotations
 
+import contextlib
 import math
+import mmap
 from typing import Any
 
 import numpy as np
 import numpy.typing as npt
 
 CACHE_LINE = 64
+_MAPPED_BYTES = 1 << 30
+_MAP_NORESERVE = 0x4000  # of Linux on x86-64 and arm64; `mmap` has it from Python 3.13 on
 
 
 def empty(shape: tuple[int, ...], dtype: npt.DTypeLike = np.float32) -> npt.NDArray[Any]:
@@ -26,7 +30,18 @@ def empty(shape: tuple[int, ...], dtype: npt.DTypeLike = np.float32) -> npt.NDAr
 def zeros(shape: tuple[int, ...], dtype: npt.DTypeLike = np.float32) -> npt.NDArray[Any]:
     """An array of zeros that starts at a cache line; takes no memory before it is written."""
     kind = np.dtype(dtype)
-    return _from_line(np.zeros(_room(shape, kind), dtype=np.uint8), shape, kind)
+    size = _room(shape, kind)
+    if size >= _MAPPED_BYTES:
+        return np.ndarray(shape, kind, _mapped_zeros(size))
+    return _from_line(np.zeros(size, dtype=np.uint8), shape, kind)
+
+
+def _mapped_zeros(size: int) -> mmap.mmap:
+    """Linux refuses to reserve more than it has at once, which a sparse table never needs."""
+    pages = mmap.mmap(-1, size, mmap.MAP_PRIVATE | mmap.MAP_ANONYMOUS | _MAP_NORESERVE)
+    with contextlib.suppress(OSError):  # a kernel without huge pages
+        pages.madvise(mmap.MADV_HUGEPAGE)
+    return pages
 
 
 def _room(shape: tuple[int, ...], kind: np.dtype[Any]) -> int:

@@ -116,7 +116,7 @@ class RowStore:
         kernel = update.updater(formula.rule, self.rows.shape[1])
         numbers = formula.numbers(rate)
         threads = self._threads if distinct else ONE_THREAD
-        parts = threads.parts(index.size, MIN_PART_BYTES // max(4, 4 * self._records.shape[1]) + 1)
+        parts = threads.parts(index.size, MIN_PART_BYTES // (4 * self._records.shape[1]) + 1)
         threads.run([partial(kernel, self._records, index[p], grads[p], numbers) for p in parts])
         if self.optimizer.updates_untouched_rows:
             self._apply_zeros(formula, index, rate)

@@ -54,7 +54,10 @@ class Threads:
     def run(self, calls: Sequence[Callable[[], object]]) -> None:
         """Run calls at the same time and wait for all of them; raises what the first raised."""
         first, *others = calls
-        futures = [self._pool.submit(call) for call in others] if others else []
+        if not others:
+            first()
+            return
+        futures = [self._pool.submit(call) for call in others]
         try:
             first()
         finally:

@@ -92,7 +92,7 @@ def updater(rule: Rule, dim: int) -> Kernel[..., None]:
     """
     name, row_bytes, tail = rule.name, 4 * dim, dim % _LANES
     size = row_bytes * (1 + NUM_SLOTS[rule.optimizer])
-    ahead = np.uint64(max(1, _LINES_AHEAD * CACHE_LINE // max(1, size)))
+    ahead = np.uint64(max(1, _LINES_AHEAD * CACHE_LINE // size))
 
     @kernel(writes=("records_VW",))
     def update(records_VW: F32, index_N: I64, grads_ND: F32, numbers: Numbers) -> None:

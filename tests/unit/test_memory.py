@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import os
 import resource
 
 import numpy as np
@@ -31,3 +32,11 @@ def test_zeros_take_no_memory_before_they_are_written() -> None:
     grown = (resident_pages() - before) * resource.getpagesize()
     assert grown < array.nbytes / 8
     assert not array[::4096].any()
+
+
+def test_zeros_may_be_more_than_the_machine_has() -> None:
+    machine = os.sysconf("SC_PHYS_PAGES") * os.sysconf("SC_PAGE_SIZE")
+    array = zeros((machine // 64 + 1, 32))
+    array[[0, -1], 5] = 1
+    assert array[[0, 1, -1], 5].tolist() == [1, 0, 1]
+    assert array.ctypes.data % CACHE_LINE == 0
