@@ -17,6 +17,7 @@ from ps.config import Combiner
 from ps.errors import IdRangeError, InputError
 from ps.kernels.combine import COMBINER_CODES, scatter_sequences
 from ps.kernels.dedup import distinct_ids, first_out_of_range
+from ps.memory import empty
 from ps.ragged import F32, I64, Ragged
 from ps.threads import ONE_THREAD, Threads, combine, gather_rows
 
@@ -65,7 +66,7 @@ class TableReader:
         """float32 [N, D]: the row of every id, which is checked."""
         self.check(ids_N)
         rows, index_N = self._local(ids_N)
-        out_ND = np.empty((ids_N.size, self.dim), dtype=np.float32)
+        out_ND: F32 = empty((ids_N.size, self.dim))
         gather_rows(self.threads, rows, index_N, out_ND)
         return out_ND
 
@@ -74,7 +75,7 @@ class TableReader:
         self.check(bag.ids)
         rows, index_N = self._local(bag.ids)
         weights = _NO_WEIGHTS if bag.weights is None else bag.weights
-        out_BD = np.empty((bag.num_examples, self.dim), dtype=np.float32)
+        out_BD: F32 = empty((bag.num_examples, self.dim))
         code = COMBINER_CODES[combiner]
         combine(self.threads, rows, index_N, bag.row_splits, weights, code, out_BD)
         return out_BD
@@ -85,7 +86,7 @@ class TableReader:
         The ids that are read must have been checked.
         """
         rows, index_N = self._local(bag.ids)
-        out_BLD = np.empty((bag.num_examples, length, self.dim), dtype=np.float32)
+        out_BLD: F32 = empty((bag.num_examples, length, self.dim))
         scatter_sequences(rows, index_N, bag.row_splits, out_BLD)
         return out_BLD
 

@@ -20,7 +20,7 @@ from ps.errors import IdRangeError
 from ps.kernels.combine import COMBINER_CODES, combine_rows
 from ps.kernels.dedup import first_out_of_range
 from ps.kernels.gradients import combine_gradients, entry_gradients
-from ps.memory import zeros
+from ps.memory import empty, zeros
 from ps.partition import DistinctRows, Layout, distinct_rows
 from ps.ragged import F32, I64, Ragged
 from ps.spec import EmbeddingSpec, FeatureSpec, TableSpec
@@ -136,7 +136,7 @@ def activations(spec: EmbeddingSpec, plan: BatchPlan, rows: Mapping[str, F32]) -
     out = {}
     for f in plan.features:
         table = rows[f.spec.table]
-        result = np.empty((f.row_splits.size - 1, table.shape[1]), dtype=np.float32)
+        result: F32 = empty((f.row_splits.size - 1, table.shape[1]))
         combine_rows(table, f.index, f.row_splits, f.weights, f.combiner, result)
         out[f.spec.name] = result.reshape(activation_shape(spec, f.spec, plan.num_examples))
     return out

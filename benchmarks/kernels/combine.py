@@ -76,6 +76,7 @@ def _measure(
     two = [
         ours.combine(rows, batches, num_threads=2),
         replace(ours.combine(rows, batches), name=_ON_ONE),
+        *limit.sum_bags(rows, batches, num_threads=2),
         torch_bag(weights, batches, num_threads=2),
         fbgemm_bag(weights, batches, num_threads=2),
     ]

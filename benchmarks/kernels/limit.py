@@ -22,6 +22,7 @@ from benchmarks.kernels.report import LIMIT
 from benchmarks.kernels.timing import Contender, best_of
 from ps import memory
 from ps.ragged import F32, I64
+from ps.threads import Threads
 
 _LINES_AHEAD = (32, 64, 128, 192, 256)
 """Prefetch distances that are tried, in cache lines of rows."""
@@ -55,13 +56,13 @@ def describe() -> str:
     return lines.stdout.splitlines()[0]
 
 
-def sum_bags(rows_VD: F32, batches: Sequence[Batch]) -> list[Contender]:
+def sum_bags(rows_VD: F32, batches: Sequence[Batch], num_threads: int = 1) -> list[Contender]:
     """Sums of float32 rows; the fastest of all prefetch distances and kinds of stores.
 
     Nothing without a C compiler, as everywhere here.
     """
     dim = rows_VD.shape[1]
-    return _bags(f"sum_bags_{dim}", rows_VD, 4 * dim, dim, batches)
+    return _bags(f"sum_bags_{dim}", rows_VD, 4 * dim, dim, batches, num_threads)
 
 
 def read_bags(
@@ -73,23 +74,32 @@ def read_bags(
 
 
 def _bags(
-    name: str, rows: npt.NDArray[Any], row_bytes: int, dim: int, batches: Sequence[Batch]
+    name: str,
+    rows: npt.NDArray[Any],
+    row_bytes: int,
+    dim: int,
+    batches: Sequence[Batch],
+    num_threads: int = 1,
 ) -> list[Contender]:
     library = _library()
     if library is None:
         return []
-    function = getattr(library, name)
+    function, threads = getattr(library, name), Threads(num_threads)
     out_BD: F32 = memory.empty((batches[0].num_bags, dim))
 
     def variant(ahead: int, stream: bool) -> Contender:
         def call_for(batch: Batch) -> Callable[[], F32]:
-            args = (
-                _address(rows), _address(batch.ids_N), _address(batch.splits_B1),
-                _int64(batch.num_bags), _address(out_BD), _int64(ahead), ctypes.c_int(stream),
-            )  # fmt: skip
+            def piece(part: slice) -> Callable[[], None]:
+                return partial(
+                    function, _address(rows), _address(batch.ids_N),
+                    _address(batch.splits_B1[part.start :]), _int64(part.stop - part.start),
+                    _address(out_BD[part]), _int64(ahead), ctypes.c_int(stream),
+                )  # fmt: skip
+
+            pieces = [piece(part) for part in threads.parts(batch.num_bags, 1)]
 
             def call() -> F32:
-                function(*args)
+                threads.run(pieces)
                 return out_BD
 
             return call

@@ -37,6 +37,9 @@ from ps.kernels.vector import (
 NarrowFormat = Literal["float16", "bfloat16", "int8"]
 RowFormat = Literal["float32", NarrowFormat]
 
+LONG_ROW = 512
+"""Bytes from which on a row is prefetched sparingly."""
+
 
 @dataclass(frozen=True, slots=True, eq=False)
 class QuantizedRows:
@@ -75,8 +78,14 @@ def number_bytes(format: RowFormat) -> int:
 
 @inline
 def prefetch_row(record: int, size: int) -> None:
-    """Ask for every cache line of `size` bytes of a record."""
-    for start in range(0, size, CACHE_LINE):
+    """Ask for the cache lines of `size` bytes of a record.
+
+    Of long ones for every other line: the hardware fetches the line beside each by itself, and
+    asking for both costs memory bandwidth (rows of 512 bytes: 61 against 56 million rows/s on one
+    core, 74 against 64 on two; rows of 256 bytes lose by it).
+    """
+    step = CACHE_LINE if size < LONG_ROW else 2 * CACHE_LINE
+    for start in range(0, size, step):
         prefetch(record + start)
     prefetch(record + size - 1)  # records need not start at a cache line
 

@@ -8,6 +8,7 @@ import resource
 import numpy as np
 import pytest
 
+from ps import memory
 from ps.memory import CACHE_LINE, empty, zeros
 
 
@@ -40,3 +41,25 @@ def test_zeros_may_be_more_than_the_machine_has() -> None:
     array[[0, -1], 5] = 1
     assert array[[0, 1, -1], 5].tolist() == [1, 0, 1]
     assert array.ctypes.data % CACHE_LINE == 0
+
+
+def test_big_arrays_take_over_memory_of_those_that_are_gone() -> None:
+    def addresses(count: int = 4) -> set[int]:
+        arrays = [empty((1 << 19, 9)) for _ in range(count)]
+        assert all(array.ctypes.data % CACHE_LINE == 0 for array in arrays)
+        return {array.ctypes.data for array in arrays}
+
+    memory._pool.clear()
+    first = empty((1 << 20, 8))
+    view, address = first[5:], first.ctypes.data
+    assert address not in addresses()
+    del first
+    assert address not in addresses(), "a view still uses it"
+    del view
+    assert address in addresses(count=5)
+
+
+def test_the_memory_that_is_kept_is_bounded() -> None:
+    arrays = [empty((1 << 25,), np.uint8) for _ in range(20)]
+    del arrays
+    assert 0 < sum(map(len, memory._pool)) <= 1 << 28
