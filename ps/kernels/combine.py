@@ -21,7 +21,6 @@ import numpy.typing as npt
 
 from ps.kernels.compiled import Kernel, inline, kernel
 from ps.kernels.rows import (
-    LONG_ROW,
     QuantizedRows,
     RowFormat,
     load_columns,
@@ -41,7 +40,7 @@ _MAX_COUNT = np.uint64(1 << 24)
 _BLOCKS = (*range(256, 0, -8), 4, 2, 1)
 """Dims that have kernels of their own, biggest first."""
 
-_LINES_AHEAD, _LINES_AHEAD_OF_LONG = 192, 128
+_LINES_AHEAD = 192
 """How far ahead of being read rows are asked for, in cache lines: with fewer the memory waits,
 with more they are gone from the first-level cache again."""
 
@@ -114,11 +113,6 @@ def _blocks(dim: int) -> list[tuple[int, int]]:
     return blocks
 
 
-def _rows_ahead(size: int) -> int:
-    lines = _LINES_AHEAD if size < LONG_ROW else _LINES_AHEAD_OF_LONG
-    return lines * CACHE_LINE // size
-
-
 @functools.cache
 def _kernels(
     kernel_for: Callable[[RowFormat, int, bool], Kernel[..., None]],
@@ -155,7 +149,7 @@ def _row_bytes(array: npt.NDArray[Any]) -> int:
 @functools.cache
 def _combine_for(format: RowFormat, lanes: int, whole: bool) -> Kernel[..., None]:
     size, number = record_bytes(format, lanes), number_bytes(format)
-    ahead, one = np.uint64(_rows_ahead(size)), np.uint64(1)
+    ahead, one = np.uint64(_LINES_AHEAD * CACHE_LINE // size), np.uint64(1)
 
     @kernel(writes=("out_BD",))
     def combine(
@@ -206,7 +200,7 @@ def _combine_for(format: RowFormat, lanes: int, whole: bool) -> Kernel[..., None
 @functools.cache
 def _gather_for(format: RowFormat, lanes: int, whole: bool) -> Kernel[..., None]:
     size, number = record_bytes(format, lanes), number_bytes(format)
-    ahead = np.uint64(_rows_ahead(size))
+    ahead = np.uint64(_LINES_AHEAD * CACHE_LINE // size)
 
     @kernel(writes=("out_ND",))
     def gather(records_VD: F32, first: int, index_N: I64, streamed: bool, out_ND: F32) -> None:
@@ -226,7 +220,7 @@ def _gather_for(format: RowFormat, lanes: int, whole: bool) -> Kernel[..., None]
 @functools.cache
 def _scatter_for(format: RowFormat, lanes: int, whole: bool) -> Kernel[..., None]:
     size, number = record_bytes(format, lanes), number_bytes(format)
-    ahead = np.uint64(_rows_ahead(size))
+    ahead = np.uint64(_LINES_AHEAD * CACHE_LINE // size)
 
     @kernel(writes=("out_BLD",))
     def scatter(
