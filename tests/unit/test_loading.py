@@ -86,6 +86,7 @@ def test_a_job_names_its_tables_and_features(tmp_path: Path) -> None:
         ("cluster.workers=0", ["cluster", "workers", "at least 1"]),
         ("cluster.shards=0", ["cluster", "shards", "at least 1"]),
         ("cluster.threads_per_worker=-1", ["threads_per_worker", "at least 1"]),
+        ("cluster.threads_per_shard=2", ["threads_per_shard: 2", "asks for CPU: 1"]),
         ("train.epochs=0", ["train", "epochs", "at least 1"]),
         ("train.batch_size=0", ["train", "batch_size", "at least 1"]),
         ("train.report_every=0", ["report_every", "at least 1"]),

@@ -310,7 +310,9 @@ def test_stats_count_what_went_in_and_out() -> None:
 # --- many shards
 
 
-def train(num_shards: int, num_workers: int, seed: int) -> tuple[list[F32], list[F32]]:
+def train(
+    num_shards: int, num_workers: int, seed: int, threads: int = 1
+) -> tuple[list[F32], list[F32]]:
     """Random batches through clients; every table with its slots, and every pulled array."""
     spec = spec_of(
         Adagrad(LinearDecay(0.5, 0.1, 4)),
@@ -328,6 +330,7 @@ def train(num_shards: int, num_workers: int, seed: int) -> tuple[list[F32], list
                 embedding=spec,
                 dense_optimizer=Adam(0.1),
                 seed=3,
+                threads=threads,
             )
         )
         for k in range(num_shards)
@@ -367,6 +370,18 @@ def test_any_number_of_shards_trains_the_same_tables(num_workers: int) -> None:
         got, seen = train(num_shards, num_workers, seed=num_workers)
         assert same_contents(got, want)
         assert same_contents(seen, want_seen)
+
+
+@pytest.mark.parametrize("num_workers", [1, 3])
+def test_threads_of_a_shard_change_no_bit(
+    num_workers: int, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    want, want_seen = train(2, num_workers, seed=num_workers)
+    for module in ("threads", "rowstore"):
+        monkeypatch.setattr(f"ps.{module}.MIN_PART_BYTES", 1)  # else so little is not cut
+    got, seen = train(2, num_workers, seed=num_workers, threads=3)
+    assert same_contents(got, want)
+    assert same_contents(seen, want_seen)
 
 
 def test_without_accumulation_every_worker_updates_the_dense_values_on_its_own() -> None:
