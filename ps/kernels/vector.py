@@ -114,68 +114,61 @@ def _pointer(builder: Any, address: Any, offset: int, kind: Any) -> Any:
     return builder.inttoptr(place, kind.as_pointer())
 
 
-def _load(
-    builder: Any, address: Any, element: Any, size: int, lanes: int, widened: Callable[..., Any]
-) -> Any:
-    def part(k: int, first: int, n: int) -> Any:
-        pointer = _pointer(builder, address, first * size, ir.VectorType(element, n))
-        value = builder.load(pointer)
-        value.align = 1
-        return widened(value, n)
+def _loaded(
+    address: Any, lanes: Any, element: Any, size: int, widened: Callable[..., Any]
+) -> tuple[Any, Callable[..., Any]]:
+    """What an intrinsic returns that reads elements of `size` bytes and widens them."""
+    kind = VectorType(lanes.literal_value)
 
-    return _made(builder, lanes, part)
+    def emit(context: Any, builder: Any, sig: Any, args: Any) -> Any:
+        def part(k: int, first: int, n: int) -> Any:
+            pointer = _pointer(builder, args[0], first * size, ir.VectorType(element, n))
+            value = builder.load(pointer)
+            value.align = 1
+            return widened(builder, value, n)
+
+        return _made(builder, kind.lanes, part)
+
+    return kind(address, lanes), emit
 
 
 @_intrinsic
 def load(context: Any, address: Address, lanes: int) -> Any:
     """Read n float32 at an address."""
-
-    def emit(context: Any, builder: Any, sig: Any, args: Any) -> Any:
-        return _load(builder, args[0], _FLOAT, 4, sig.return_type.lanes, lambda value, n: value)
-
-    return VectorType(lanes.literal_value)(address, lanes), emit  # type: ignore[attr-defined]
+    return _loaded(address, lanes, _FLOAT, 4, lambda builder, value, n: value)
 
 
 @_intrinsic
 def load_float16(context: Any, address: Address, lanes: int) -> Any:
     """Read n IEEE half floats at an address, as float32: exact."""
 
-    def emit(context: Any, builder: Any, sig: Any, args: Any) -> Any:
-        def widened(value: Any, n: int) -> Any:
-            return builder.fpext(value, ir.VectorType(_FLOAT, n))
+    def widened(builder: Any, value: Any, n: int) -> Any:
+        return builder.fpext(value, ir.VectorType(_FLOAT, n))
 
-        return _load(builder, args[0], _HALF, 2, sig.return_type.lanes, widened)
-
-    return VectorType(lanes.literal_value)(address, lanes), emit  # type: ignore[attr-defined]
+    return _loaded(address, lanes, _HALF, 2, widened)
 
 
 @_intrinsic
 def load_bfloat16(context: Any, address: Address, lanes: int) -> Any:
     """Read n bfloat16 (the upper halves of float32) at an address, as float32: exact."""
 
-    def emit(context: Any, builder: Any, sig: Any, args: Any) -> Any:
-        def widened(value: Any, n: int) -> Any:
-            wide = builder.zext(value, ir.VectorType(_I32, n))
-            shift = ir.Constant(wide.type, [16] * n)
-            return builder.bitcast(builder.shl(wide, shift), ir.VectorType(_FLOAT, n))
+    def widened(builder: Any, value: Any, n: int) -> Any:
+        wide = builder.zext(value, ir.VectorType(_I32, n))
+        shift = ir.Constant(wide.type, [16] * n)
+        return builder.bitcast(builder.shl(wide, shift), ir.VectorType(_FLOAT, n))
 
-        return _load(builder, args[0], _I16, 2, sig.return_type.lanes, widened)
-
-    return VectorType(lanes.literal_value)(address, lanes), emit  # type: ignore[attr-defined]
+    return _loaded(address, lanes, _I16, 2, widened)
 
 
 @_intrinsic
 def load_uint8(context: Any, address: Address, lanes: int) -> Any:
     """Read n bytes at an address, as float32 from 0 to 255."""
 
-    def emit(context: Any, builder: Any, sig: Any, args: Any) -> Any:
-        def widened(value: Any, n: int) -> Any:
-            wide = builder.zext(value, ir.VectorType(_I32, n))
-            return builder.sitofp(wide, ir.VectorType(_FLOAT, n))
+    def widened(builder: Any, value: Any, n: int) -> Any:
+        wide = builder.zext(value, ir.VectorType(_I32, n))
+        return builder.sitofp(wide, ir.VectorType(_FLOAT, n))
 
-        return _load(builder, args[0], _I8, 1, sig.return_type.lanes, widened)
-
-    return VectorType(lanes.literal_value)(address, lanes), emit  # type: ignore[attr-defined]
+    return _loaded(address, lanes, _I8, 1, widened)
 
 
 @_intrinsic

@@ -8,10 +8,13 @@ from __future__ import annotations
 
 import ctypes
 import mmap
+from collections.abc import Callable
 from typing import Any, Literal
 
 import numpy as np
 import numpy.typing as npt
+
+from tests.support.strategies import frozen, unaligned
 
 _PROT_NONE = 0
 _CANARY = 0xA5
@@ -56,3 +59,13 @@ class Canaries:
         """Whether nothing was written outside the array."""
         before, after = self._raw[: self._inside.start], self._raw[self._inside.stop :]
         return bool((before == _CANARY).all() and (after == _CANARY).all())
+
+
+EVERY_KIND: tuple[tuple[Callable[[npt.NDArray[Any]], npt.NDArray[Any]], int], ...] = (
+    (np.copy, 0),
+    (frozen, 4),
+    (unaligned, 1),
+    (lambda a: guarded(a, "start"), 0),
+    (lambda a: guarded(a, "end"), 0),
+)
+"""Kinds of arrays that a kernel is given, each with the offset of the output's `Canaries`."""

@@ -25,9 +25,9 @@ from ps.memory import empty
 from ps.quantized import quantized
 from ps.ragged import F32, I64, Ragged
 from tests.support import reference as twin
-from tests.support.guarded import Canaries, guarded
+from tests.support.guarded import EVERY_KIND, Canaries
 from tests.support.reference import same_bits
-from tests.support.strategies import bags, frozen, unaligned
+from tests.support.strategies import bags
 
 DIMS = st.sampled_from([1, 3, 5, 8, 17, 21, 24, 37, 40, 64, 128, 260])
 """With a kernel of their own: 1, 8, 24, 40, 64, 128. The others are blocks of 1 to 32 and 256."""
@@ -71,13 +71,7 @@ def each_array(change: Callable[[Any], Any], argument: Any) -> Any:
 def run(function: Callable[..., None], *args: Any, shape: tuple[int, ...]) -> F32:
     """The output, the same for arrays of every kind, after a look at everything around it."""
     results = []
-    for change, offset in (
-        (np.copy, 0),
-        (frozen, 4),
-        (unaligned, 1),
-        (lambda a: guarded(a, "start"), 0),
-        (lambda a: guarded(a, "end"), 0),
-    ):
+    for change, offset in EVERY_KIND:
         given_args = [each_array(change, arg) for arg in args]
         out = Canaries(shape, offset=offset)
         function(*given_args, out.array)
@@ -266,3 +260,15 @@ assert [read(i) for i in range(8)] == list(range(8))
 read({place})
 """
     assert subprocess.run([sys.executable, "-c", program], check=False).returncode == -11
+
+
+@pytest.mark.parametrize(("width", "dim"), [(4, 2), (6, 2), (10, 5), (24, 8), (192, 64), (9, 8)])
+def test_the_first_columns_of_longer_rows_are_gathered(width: int, dim: int) -> None:
+    records = np.random.default_rng(width).normal(size=(6, width)).astype(np.float32)
+    index = i64(5, 0, 0, 3)
+    assert same_bits(run(gather_rows, records, index, shape=(4, dim)), records[index, :dim])
+
+
+def test_more_columns_than_a_row_has_are_not_gathered() -> None:
+    with pytest.raises(AssertionError):
+        gather_rows(np.zeros((2, 4), dtype=np.float32), i64(0), np.zeros((1, 5), dtype=np.float32))

@@ -28,9 +28,9 @@ from ps.kernels.rows import QuantizedRows, RowFormat, record_bytes
 from ps.memory import empty
 from ps.ragged import F32, I64, Ragged
 from tests.support import reference_features as twin
-from tests.support.guarded import Canaries, guarded
+from tests.support.guarded import EVERY_KIND, Canaries
 from tests.support.reference import float32_rows, same_bits
-from tests.support.strategies import frozen, unaligned
+from tests.support.strategies import frozen
 
 Kind = tuple[RowFormat, int]
 Table = npt.NDArray[Any]
@@ -93,13 +93,7 @@ def run(
 ) -> F32 | None:
     """The output or None, the same for arrays of every kind, after a look around it."""
     results = []
-    for change, offset in (
-        (np.copy, 0),
-        (frozen, 4),
-        (unaligned, 1),
-        (lambda a: guarded(a, "start"), 0),
-        (lambda a: guarded(a, "end"), 0),
-    ):
+    for change, offset in EVERY_KIND:
         near = {id(table): change(table) for table in tables}
         address_F = np.array([near[id(table)].ctypes.data for table in tables])
         num_rows_F = np.array([len(table) for table in tables])

@@ -21,9 +21,9 @@ from ps.kernels.gradients import add_rows, combine_gradients, entry_gradients
 from ps.ragged import F32, I64, Ragged
 from ps.threads import Threads
 from tests.support import reference as twin
-from tests.support.guarded import Canaries, guarded
+from tests.support.guarded import EVERY_KIND, Canaries, guarded
 from tests.support.reference import same_bits
-from tests.support.strategies import bags, frozen, unaligned
+from tests.support.strategies import bags
 
 DIMS = st.sampled_from([1, 3, 8, 17, 40, 64, 128])
 COMBINERS = st.sampled_from(["sum", "mean", "sqrtn"])
@@ -43,13 +43,7 @@ def rows(data: Any, *shape: int) -> F32:
 def run(function: Callable[..., None], *args: Any, out: F32) -> F32:
     """What becomes of `out`, the same for arrays of every kind, after a look around it."""
     results = []
-    for change, offset in (
-        (np.copy, 0),
-        (frozen, 4),
-        (unaligned, 1),
-        (lambda a: guarded(a, "start"), 0),
-        (lambda a: guarded(a, "end"), 0),
-    ):
+    for change, offset in EVERY_KIND:
         given_args = [change(arg) if isinstance(arg, np.ndarray) else arg for arg in args]
         guard = Canaries(out.shape, offset=offset)
         guard.array[...] = out
