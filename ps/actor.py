@@ -1,19 +1,29 @@
-"""`ShardServer`: the Ray shell of `ShardState`. It forwards and decides nothing."""
+"""`ShardServer`: the Ray shell of a shard. It forwards and decides nothing.
+
+Steps do not pass through Ray: workers speak to the shard's `ShardLoop`, which also runs what Ray
+asks for, between their messages.
+"""
 
 from __future__ import annotations
 
 import asyncio
-from collections.abc import Callable
-from typing import TypeVar
+import time
+from collections.abc import Iterator
+from dataclasses import replace
 
-from ps.export_file import RowFile, read_rows, write_rows
-from ps.messages import Pull, Push, Rows, ShardStats
-from ps.ordering import InOrder
+import ray
+
+from ps.export_file import RowFile
+from ps.messages import ShardStats
 from ps.ragged import F32
 from ps.shard import ShardSpec, ShardState
+from ps.shard_files import load_pieces, write_pieces
 from ps.warm import warm_up
+from ps.wire.server import Endpoint, ServerOptions, ShardLoop
 
-T = TypeVar("T")
+NODE_ADDRESS = ""
+"""`ServerOptions.host` for the address by which Ray knows the shard's node."""
+_PIECE_S = 0.002
 
 
 class ShardServer:
@@ -23,87 +33,75 @@ class ShardServer:
     until `set_dense` marks it ready, which only the driver that starts a job does.
     """
 
-    def __init__(self, spec: ShardSpec) -> None:
+    def __init__(self, spec: ShardSpec, options: ServerOptions) -> None:
         warm_up(spec)
+        if options.host == NODE_ADDRESS:
+            options = replace(options, host=ray.util.get_node_ip_address())
         self._state = ShardState(spec)
-        self._inbox = InOrder()
+        self._loop = ShardLoop(self._state, options)
+
+    async def endpoint(self) -> Endpoint:
+        """Where workers reach the shard."""
+        return self._loop.endpoint
 
     async def load_table(self, table: str, rows: RowFile, slots: dict[str, RowFile]) -> None:
         """Take this shard's rows and slots of a table from a snapshot's files."""
-        for slab, row_view, slot_views in self._state.slabs(table):
-            read_rows(rows, slab.first_id, row_view)
-            for name, slot_view in slot_views.items():
-                read_rows(slots[name], slab.first_id, slot_view)
+        await self._stream(load_pieces(self._state, table, rows, slots))
 
     async def set_dense(self, dense: F32, state: F32, slots: dict[str, F32], version: int) -> None:
         """See `ShardState.set_dense`."""
-        self._state.set_dense(dense, state, slots, version)
-
-    async def pull(self, number: int, pull: Pull) -> Rows:
-        """See `ShardState.pull`; `number` counts this worker's calls to this shard."""
-        answer: asyncio.Future[Rows] = asyncio.get_running_loop().create_future()
-
-        def reply(rows: Rows) -> None:
-            if not answer.done():  # the caller may have given up
-                answer.set_result(rows)
-
-        call = _into(answer, lambda: self._state.pull(pull, reply))
-        self._inbox.deliver(pull.worker, number, call)
-        return await answer
-
-    async def push(self, number: int, push: Push) -> None:
-        """See `ShardState.push`."""
-        done: asyncio.Future[None] = asyncio.get_running_loop().create_future()
-
-        def call() -> None:
-            self._state.push(push)
-            done.set_result(None)
-
-        self._inbox.deliver(push.worker, number, _into(done, call))
-        await done
+        call = self._loop.call(lambda: self._state.set_dense(dense, state, slots, version))
+        await asyncio.wrap_future(call)
 
     async def stats(self) -> ShardStats:
         """See `ShardState.stats`."""
-        return self._state.stats()
+        return await asyncio.wrap_future(self._loop.call(self._state.stats))
 
     async def read(self, version: int, table: str) -> list[tuple[int, F32, dict[str, F32]]]:
         """(first id, rows, slots) of every slab of a table: for tests and small tables."""
-        self._state.check_version(version)
-        return [
-            (slab.first_id, rows.copy(), {name: slot.copy() for name, slot in slots.items()})
-            for slab, rows, slots in self._state.slabs(table)
-        ]
+        found: list[tuple[int, F32, dict[str, F32]]] = []
+
+        def pieces() -> Iterator[None]:
+            for slab, rows, slots in self._state.slabs(table):
+                self._state.check_version(version)
+                copies = {name: slot.copy() for name, slot in slots.items()}
+                found.append((slab.first_id, rows.copy(), copies))
+                yield
+
+        await self._stream(pieces())
+        return found
 
     async def read_dense(self, version: int) -> tuple[F32, dict[str, F32], F32]:
         """See `ShardState.dense`; the shard must be at `version`."""
-        self._state.check_version(version)
-        dense, slots, state = self._state.dense()
-        return dense.copy(), {name: slot.copy() for name, slot in slots.items()}, state.copy()
+
+        def read() -> tuple[F32, dict[str, F32], F32]:
+            self._state.check_version(version)
+            dense, slots, state = self._state.dense()
+            return dense.copy(), {n: slot.copy() for n, slot in slots.items()}, state.copy()
+
+        return await asyncio.wrap_future(self._loop.call(read))
 
     async def write_table(
         self, version: int, table: str, rows: RowFile, slots: dict[str, RowFile]
     ) -> int:
         """Write this shard's rows of a table, and the named slots; returns the number of rows.
 
-        The shard must be at `version`.
+        The shard must be at `version`, and stay there.
         """
-        self._state.check_version(version)
-        count = 0
-        for slab, row_view, slot_views in self._state.slabs(table):
-            write_rows(rows, slab.first_id, row_view)
-            for name, file in slots.items():
-                write_rows(file, slab.first_id, slot_views[name])
-            count += slab.num_rows
-        return count
+        counts: list[int] = []
+        await self._stream(
+            map(counts.append, write_pieces(self._state, version, table, rows, slots))
+        )
+        return sum(counts)
+
+    async def _stream(self, pieces: Iterator[None]) -> None:
+        await asyncio.wrap_future(self._loop.stream(_grouped(pieces)))
 
 
-def _into(future: asyncio.Future[T], call: Callable[[], None]) -> Callable[[], None]:
-    """The call, with an exception of it handed to the future that its sender awaits."""
-
-    def run() -> None:
-        try:
-            call()
-        except Exception as e:
-            future.set_exception(e)
-
-    return run
+def _grouped(pieces: Iterator[None]) -> Iterator[None]:
+    """Small pieces together, so that a turn takes a few milliseconds."""
+    start = time.monotonic()
+    for _ in pieces:
+        if time.monotonic() - start > _PIECE_S:
+            yield
+            start = time.monotonic()

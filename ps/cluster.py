@@ -101,3 +101,8 @@ def free_resources() -> dict[str, float]:
     """What the cluster has free, without Ray's per-node entries and byte counts."""
     found = ray.available_resources()
     return {k: v for k, v in sorted(found.items()) if ":" not in k and "memory" not in k}
+
+
+def num_nodes() -> int:
+    """Machines (or what Ray takes for one) in the cluster."""
+    return sum(node["Alive"] for node in ray.nodes())

@@ -87,3 +87,7 @@ class ServerUnavailableError(MantaError):
 
 class JobError(MantaError):
     """A training job cannot start or go on; the message says why."""
+
+
+class ShardLostError(JobError):
+    """The connection to a shard is gone: its process died, or it cut this worker off."""

@@ -1,28 +1,31 @@
-"""Shard actors as a group: start them, carry messages to them, read and export their tables."""
+"""Shard actors as a group: start them, let workers in, read and export their tables."""
 
 from __future__ import annotations
 
-import time
-from collections import deque
-from collections.abc import Callable, Mapping, Sequence
-from dataclasses import dataclass, replace
-from typing import Any
+import hashlib
+from collections.abc import Mapping
+from dataclasses import dataclass, field, replace
 
 import numpy as np
 import ray
 
-from ps.actor import ShardServer
-from ps.client import DEFAULT_TIMEOUT_S, PendingRows
-from ps.cluster import actor_options, free_resources
+from ps.actor import NODE_ADDRESS, ShardServer
+from ps.client import DEFAULT_TIMEOUT_S
+from ps.cluster import actor_options, free_resources, num_nodes
 from ps.dense_variables import DenseValues
 from ps.errors import JobError
 from ps.export import ExportWriter
-from ps.messages import Pull, Push, Rows, ShardStats
+from ps.messages import ShardStats
 from ps.partition import Layout, slices
 from ps.ragged import F32
 from ps.shard import ShardSpec
 from ps.snapshot import Snapshot, SnapshotWriter
 from ps.spec import EmbeddingSpec
+from ps.wire.connection import Credentials
+from ps.wire.handshake import new_token
+from ps.wire.messages import WireDtype, WireFormat
+from ps.wire.server import Endpoint, ServerOptions
+from ps.wire.transport import TransportName, TransportOptions, WireTransport
 
 
 @dataclass(frozen=True, slots=True, eq=False)
@@ -33,79 +36,50 @@ class TableState:
     slots: dict[str, F32]
 
 
-CALLS_PER_WORKER = 16
-"""Room in an actor for a worker's calls: pulls that wait and pushes, 3 + 5 at lookahead 2."""
-CHECK_EVERY_S = 1.0
 FILES_TIMEOUT_S = 3600.0
+_CONTROL_CALLS = 100
 
 
-class RayTransport:
-    """Carries one worker's messages to shard actors (see `ps.client.Transport`)."""
+@dataclass(frozen=True, slots=True)
+class ShardAccess:
+    """What a worker needs to reach the shards; it travels through Ray, to workers only."""
 
-    MAX_UNANSWERED_STEPS = 4
+    endpoints: tuple[Endpoint, ...]
+    token: bytes = field(repr=False)
+    fingerprint: int
+    format: WireFormat
 
-    def __init__(self, handles: Sequence[Any], timeout_s: float = DEFAULT_TIMEOUT_S) -> None:
-        self._handles = handles
-        self._timeout_s = timeout_s
-        self._numbers = [0] * len(handles)
-        self._pushes: deque[Any] = deque()
-
-    def pull(self, shard: int, pull: Pull) -> PendingRows:
-        """See `Transport.pull`."""
-        ref = self._handles[shard].pull.remote(self._next_number(shard), pull)
-        what = f"shard {shard} has not answered the pull of version {pull.version}"
-        return _RayRows(ref, what, self._raise_failed_push)
-
-    def push(self, shard: int, push: Push) -> None:
-        """See `Transport.push`."""
-        self._pushes.append(self._handles[shard].push.remote(self._next_number(shard), push))
-        if len(self._pushes) > self.MAX_UNANSWERED_STEPS * len(self._handles):
-            ray.get(self._pushes.popleft(), timeout=self._timeout_s)
-
-    def flush(self, timeout_s: float) -> None:
-        """See `Transport.flush`."""
-        ray.get(list(self._pushes), timeout=timeout_s)
-        self._pushes.clear()
-
-    def _raise_failed_push(self) -> None:
-        """A step that a shard could not apply makes no version: a pull would wait in vain."""
-        if not self._pushes:
-            return
-        done, _ = ray.wait(list(self._pushes), num_returns=len(self._pushes), timeout=0)
-        ray.get(done)
-
-    def _next_number(self, shard: int) -> int:
-        self._numbers[shard] += 1
-        return self._numbers[shard] - 1
-
-
-class _RayRows:
-    def __init__(self, ref: Any, what: str, check: Callable[[], None]) -> None:
-        self._ref = ref
-        self._what = what
-        self._check = check
-
-    def result(self, timeout_s: float) -> Rows:
-        deadline = time.monotonic() + timeout_s
-        while True:
-            left_s = max(0.0, deadline - time.monotonic())
-            try:
-                rows: Rows = ray.get(self._ref, timeout=min(CHECK_EVERY_S, left_s))
-                return rows
-            except ray.exceptions.GetTimeoutError:
-                self._check()
-                if left_s == 0.0:
-                    raise JobError(
-                        f"{self._what} within {timeout_s:g} s: another worker is slow or stuck"
-                    ) from None
+    def connect(
+        self, worker: int, name: TransportName, background: bool, timeout_s: float
+    ) -> WireTransport:
+        """Connect a worker to all shards; see `WireTransport`."""
+        credentials = Credentials(self.token, worker, self.fingerprint)
+        options = TransportOptions(
+            name=name, format=self.format, background=background, timeout_s=timeout_s
+        )
+        return WireTransport(self.endpoints, credentials, options)
 
 
 class ShardGroup:
     """All shard actors of a job, as the driver sees them."""
 
-    def __init__(self, spec: ShardSpec, resources: Mapping[str, float], name: str) -> None:
+    def __init__(
+        self,
+        spec: ShardSpec,
+        resources: Mapping[str, float],
+        name: str,
+        wire_dtype: WireDtype = "float32",
+    ) -> None:
         """Create the actors; `spec.shard_id` is ignored, `resources` are per shard."""
         self.spec = spec
+        format = WireFormat(tuple(table.dim for table in spec.embedding.tables), wire_dtype)
+        options = ServerOptions(
+            token=new_token(),
+            fingerprint=_fingerprint(spec, format),
+            format=format,
+            host="127.0.0.1" if num_nodes() == 1 else NODE_ADDRESS,
+        )
+        self._options = options
         self.embedding: EmbeddingSpec = spec.embedding
         self._resources = dict(resources)
         self.handles = [
@@ -114,9 +88,9 @@ class ShardGroup:
                 name=f"{name}-shard-{shard}",
                 **actor_options(resources),
                 max_restarts=0,
-                max_concurrency=CALLS_PER_WORKER * spec.num_workers + 100,
+                max_concurrency=_CONTROL_CALLS,
             )
-            .remote(replace(spec, shard_id=shard))
+            .remote(replace(spec, shard_id=shard), options)
             for shard in range(spec.num_shards)
         ]
 
@@ -133,6 +107,12 @@ class ShardGroup:
                 f"{self.spec.num_shards} shards were not ready within {timeout_s:g} s: "
                 f"each asks for {self._resources}, the cluster has {free_resources()} free"
             ) from None
+
+    def access(self) -> ShardAccess:
+        """How workers reach the shards."""
+        endpoints = ray.get([h.endpoint.remote() for h in self.handles], timeout=DEFAULT_TIMEOUT_S)
+        options = self._options
+        return ShardAccess(tuple(endpoints), options.token, options.fingerprint, options.format)
 
     def load_tables(self, snapshot: Snapshot) -> None:
         """Let every shard take its rows and slots of every table from a snapshot."""
@@ -210,3 +190,10 @@ class ShardGroup:
         """Kill the actors; their state is gone."""
         for handle in self.handles:
             ray.kill(handle)
+
+
+def _fingerprint(spec: ShardSpec, format: WireFormat) -> int:
+    """64 bits of what worker and shard must have in common to understand each other."""
+    tables = [(t.name, t.vocabulary_size, t.dim) for t in spec.embedding.tables]
+    said = repr((spec.num_shards, spec.num_workers, spec.mode, tables, format.dtype))
+    return int.from_bytes(hashlib.blake2b(said.encode(), digest_size=8).digest(), "little")

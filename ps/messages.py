@@ -1,13 +1,33 @@
 """What workers and shards say to each other: one fused message per shard and step.
 
-Arrays are per table, in the order of `EmbeddingSpec.tables`.
+Arrays are per table, in the order of `EmbeddingSpec.tables`. `ps.wire` says how a message travels.
 """
 
 from __future__ import annotations
 
 from dataclasses import dataclass
 
+import numpy as np
+
 from ps.ragged import F32, I64
+
+LATEST = -1
+"""Version of a pull that takes whatever the shard has: async mode."""
+
+
+@dataclass(frozen=True, slots=True, eq=False)
+class Bags:
+    """The shard combines: entries of a message's `local_rows` in bags, summed row by row."""
+
+    row_splits: I64
+    """int64 [bags + 1]: the entries of each bag; the last is the number of entries."""
+    weights: F32
+    """float32 [entries], or empty for all ones."""
+
+    @property
+    def count(self) -> int:
+        """Number of bags."""
+        return self.row_splits.size - 1
 
 
 @dataclass(frozen=True, slots=True, eq=False)
@@ -17,8 +37,13 @@ class Pull:
     worker: int
     step: int
     version: int
-    """Number of steps applied; the shard answers when it is at exactly this version."""
+    """Number of steps applied; the shard answers when it is at exactly this version. `LATEST` for
+    what is there, which async mode asks for."""
     local_rows: tuple[I64, ...]
+    bags: tuple[Bags | None, ...] = ()
+    """Per table: None for rows as they are, else one weighted sum per bag; () for all None."""
+    into: Rows | None = None
+    """Arrays that the answer is to be written to, where the transport has them ready."""
 
 
 @dataclass(frozen=True, slots=True, eq=False)
@@ -27,7 +52,7 @@ class Rows:
 
     version: int
     rows: tuple[F32, ...]
-    """float32 [n, D] per table."""
+    """float32 [n, D] per table: n rows, or n bags."""
     dense: F32
     state: F32
 
@@ -41,10 +66,13 @@ class Push:
     local_rows: tuple[I64, ...]
     grads: tuple[F32, ...]
     """float32 [n, D] per table; one summed gradient per row, unless the table's optimizer has
-    `use_gradient_accumulation=False` (then a row appears once per contribution)."""
+    `use_gradient_accumulation=False` (then a row appears once per contribution). With `bags`, one
+    gradient per bag: an entry's is its weight times that of its bag."""
     dense_grad: F32
     state: F32 | None
     """New non-trainable values, from worker 0 only."""
+    bags: tuple[Bags | None, ...] = ()
+    """As in `Pull`."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -58,3 +86,15 @@ class ShardStats:
     duplicates_dropped: int
     num_rows: int
     size_bytes: int
+    staleness: tuple[int, ...] = ()
+    """Pushes by the number of steps that were applied between a push's pull and itself."""
+
+
+def bags_of(bags: tuple[Bags | None, ...], num_tables: int) -> tuple[Bags | None, ...]:
+    """The bags of every table."""
+    return bags or (None,) * num_tables
+
+
+def no_weights() -> F32:
+    """All ones."""
+    return np.zeros(0, dtype=np.float32)

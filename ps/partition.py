@@ -88,10 +88,27 @@ def distinct_rows(ids_N: I64, placement: Placement) -> tuple[DistinctRows, I64]:
     Returns:
         The distinct rows, and int64 [N]: the place of each given id among them.
     """
-    ids, local, splits, index = distinct_by_shard(
-        ids_N, placement.slab_rows, placement.num_shards, placement.offset
+    (rows,), index = distinct_rows_of_tables(ids_N, np.array([0, ids_N.size]), [placement])
+    return rows, index
+
+
+def distinct_rows_of_tables(
+    ids_N: I64, tables_T1: I64, placements: Sequence[Placement]
+) -> tuple[list[DistinctRows], I64]:
+    """`distinct_rows` of several tables at once; table t has ids `tables[t]:tables[t + 1]`.
+
+    Returns:
+        The distinct rows per table, and int64 [N]: the place of each id among those of its table.
+    """
+    slab_rows = np.array([p.slab_rows for p in placements], dtype=np.int64)
+    offsets = np.array([p.offset for p in placements], dtype=np.int64)
+    (num_shards,) = {p.num_shards for p in placements}
+    ids, local, distinct, splits, index = distinct_by_shard(
+        ids_N, tables_T1, slab_rows, offsets, num_shards
     )
-    return DistinctRows(ids, local, splits), index
+    bounds = pairwise(distinct.tolist())
+    rows = [DistinctRows(ids[a:b], local[a:b], splits[t]) for t, (a, b) in enumerate(bounds)]
+    return rows, index
 
 
 @dataclass(frozen=True, slots=True)

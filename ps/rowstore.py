@@ -15,8 +15,10 @@ import numpy as np
 
 from ps.custom_optimizer import CustomOptimizer, updated_rows
 from ps.kernels import update
+from ps.kernels.shard_bags import sum_bags
 from ps.kernels.update import Numbers, Rule
 from ps.memory import CACHE_LINE, empty, zeros
+from ps.messages import Bags
 from ps.optimizers import FTRL, SGD, Adagrad, AdagradMomentum, Adam, Optimizer
 from ps.ragged import F32, I64
 from ps.threads import MIN_PART_BYTES, ONE_THREAD, Threads, gather_rows
@@ -61,10 +63,23 @@ class RowStore:
         """Bytes of rows and slots."""
         return self._records.nbytes
 
-    def gather(self, local_rows: I64) -> F32:
-        """float32 [n, D]: a copy of the given rows, int64 [n]."""
-        out: F32 = empty((local_rows.size, self.rows.shape[1]))
+    def gather(self, local_rows: I64, out: F32 | None = None) -> F32:
+        """float32 [n, D]: a copy of the given rows, int64 [n]; written to `out` if it is given."""
+        if out is None:
+            out = empty((local_rows.size, self.rows.shape[1]))
         gather_rows(self._threads, self._records, local_rows, out)
+        return out
+
+    def sums(self, local_rows: I64, bags: Bags, out: F32 | None = None) -> F32:
+        """float32 [bags, D]: the weighted sum of each bag's rows, in the order of its entries."""
+        if out is None:
+            out = empty((bags.count, self.rows.shape[1]))
+        parts = self._threads.parts(bags.count, MIN_PART_BYTES // (4 * self.rows.shape[1]) + 1)
+        splits, rows = bags.row_splits, (self._records, local_rows)
+        self._threads.run(
+            [partial(sum_bags, *rows, splits[p.start : p.stop + 1], bags.weights, out[p])
+             for p in parts]
+        )  # fmt: skip
         return out
 
     def apply(
@@ -187,10 +202,14 @@ class Formula:
         no_bounds = (-np.inf, np.inf) * 2
         bounds = (n if b is None else b for b, n in zip(gradient + row, no_bounds, strict=True))
         self._numbers = tuple(np.float32(value) for value in (*bounds, *own))
+        self._last: tuple[float, Numbers] = (np.nan, ())
 
     def numbers(self, rate: float) -> Numbers:
         """The last argument of a kernel."""
-        return (np.float32(rate), np.float32(self._optimizer.decay(rate)), *self._numbers)
+        if rate != self._last[0]:
+            decay = np.float32(self._optimizer.decay(rate))
+            self._last = rate, (np.float32(rate), decay, *self._numbers)
+        return self._last[1]
 
 
 def _kernel_of(optimizer: Optimizer) -> tuple[tuple[int, int, int], tuple[float, ...]]:

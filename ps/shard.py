@@ -1,15 +1,19 @@
 """`ShardState`: one shard's rows, slots and dense slices, and when they may be read and changed.
 
-Pure: no Ray, clock, thread or disk. Version v is the state after v steps. The version t + 1 is made
-when the pushes of all workers for step t are in; they are summed by row in worker-rank order, so
-the result does not depend on which arrived first. A pull names the version it wants and is
-answered the moment that version is made, before anything later can be applied.
+Pure: no Ray, clock, thread or disk. In sync mode version v is the state after v steps. The version
+t + 1 is made when the pushes of all workers for step t are in; they are summed by row in
+worker-rank order, so the result does not depend on which arrived first. A pull names the version it
+wants and is answered the moment that version is made, before anything later can be applied.
+
+In async mode a push is applied when it arrives, as a step of its own, and a pull takes what is
+there; it waits only while the slowest worker is more than `max_staleness` steps behind (stale
+synchronous parallel: Ho et al., NIPS 2013). The version is the slowest worker's number of steps.
 """
 
 from __future__ import annotations
 
 from collections import defaultdict
-from collections.abc import Callable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Collection, Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from typing import Literal
 
@@ -18,10 +22,11 @@ import numpy as np
 from ps.custom_optimizer import CustomOptimizer
 from ps.errors import ConfigError, ProtocolError, ShardNotReadyError
 from ps.initializers import Constant, table_key
+from ps.kernels.combine import COMBINER_CODES
 from ps.kernels.dedup import distinct_ids, first_out_of_range
-from ps.kernels.gradients import add_rows
+from ps.kernels.gradients import add_rows, combine_gradients
 from ps.memory import zeros
-from ps.messages import Pull, Push, Rows, ShardStats
+from ps.messages import LATEST, Bags, Pull, Push, Rows, ShardStats, bags_of
 from ps.optimizers import Optimizer, Rate, evaluate_rate
 from ps.partition import Layout, Slab
 from ps.ragged import F32, I64
@@ -30,7 +35,11 @@ from ps.spec import EmbeddingSpec, TableSpec
 from ps.threads import Threads
 
 Reduction = Literal["mean", "sum"]
+Mode = Literal["sync", "async"]
 Reply = Callable[[Rows], None]
+MAX_STEPS_AHEAD = 64
+"""Pushes of one worker that a shard keeps for others to catch up; workers send fewer."""
+STALENESS_BINS = 64
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -45,6 +54,11 @@ class ShardSpec:
     reduction: Reduction = "mean"
     """How the workers' gradients become one: their mean (default) or their sum."""
     seed: int = 0
+    mode: Mode = "sync"
+    max_staleness: int = 0
+    """Async mode: steps that a worker may be ahead of the slowest."""
+    combined: frozenset[str] = frozenset()
+    """Tables whose bags it will be asked to combine; their kernels are compiled at the start."""
     threads: int = 1
     """Cores that its kernels may use; results have the same bits for any number."""
 
@@ -74,7 +88,11 @@ class ShardState:
         self._next_step = [0] * spec.num_workers
         self._pushes: defaultdict[int, dict[int, Push]] = defaultdict(dict)
         self._waiting: list[tuple[Pull, Reply]] = []
+        self._flushes: list[tuple[int, int, Callable[[int], None]]] = []
         self._rows_pulled = self._rows_pushed = self._duplicates = 0
+        self._updates = 0
+        self._updates_at_pull: dict[tuple[int, int], int] = {}
+        self._staleness = np.zeros(STALENESS_BINS, dtype=np.int64)
 
     def set_dense(
         self, dense: F32, state: F32, slots: Mapping[str, F32] | None = None, version: int = 0
@@ -101,27 +119,21 @@ class ShardState:
             ShardNotReadyError: no state yet.
             ProtocolError: the version has gone by, or a row is not on this shard.
         """
-        self._check_ready()
-        self._check_rows(pull.local_rows)
-        if pull.version < self.version:
-            raise ProtocolError(
-                f"shard {self.spec.shard_id}: worker {pull.worker} wants version {pull.version} "
-                f"for step {pull.step}, but the shard is at version {self.version}"
-            )
-        if pull.version == self.version:
+        self._check_pull(pull)
+        if self._is_due(pull):
             reply(self._read(pull))
         else:
             self._waiting.append((pull, reply))
 
     def push(self, push: Push) -> None:
-        """Take one worker's gradients; apply the step when all workers' are in.
+        """Take one worker's gradients; apply the step when all workers' are in (async: at once).
 
-        A repeated push is dropped.
+        A repeated push is dropped. The arrays must stay as they are until `done_step` is past it.
 
         Raises:
             ShardNotReadyError: no state yet.
-            ProtocolError: a step of this worker is missing in between, a row is not on this
-                shard, or an array has the wrong shape.
+            ProtocolError: a step of this worker is missing in between, it is too far ahead of the
+                others, a row is not on this shard, or an array has the wrong shape.
         """
         self._check_push(push)
         expected = self._next_step[push.worker]
@@ -133,14 +145,50 @@ class ShardState:
                 f"shard {self.spec.shard_id}: worker {push.worker} pushed step {push.step}, "
                 f"but step {expected} is next"
             )
+        if self.spec.mode == "sync" and push.step >= self.version + MAX_STEPS_AHEAD:
+            raise ProtocolError(
+                f"shard {self.spec.shard_id}: worker {push.worker} pushed step {push.step}, "
+                f"{MAX_STEPS_AHEAD} or more ahead of the slowest worker"
+            )
         self._next_step[push.worker] = push.step + 1
+        if self.spec.mode == "async":
+            self._apply([push], push.step)
+            self._note_staleness([push])
+            self.version = min(self._next_step)
+            self._answer_waiting()
+            return
+        step = self.version
         self._pushes[push.step][push.worker] = push
         # At most one version can be made: each worker's steps come one after the other.
-        if len(self._pushes.get(self.version, ())) == self.spec.num_workers:
-            self._apply(self._pushes[self.version])
-            del self._pushes[self.version]
+        if len(self._pushes.get(step, ())) == self.spec.num_workers:
+            pushes = self._pushes[step]
+            ranked = [pushes[worker] for worker in range(self.spec.num_workers)]
+            self._apply(ranked, step)
+            self._note_staleness(ranked)
+            del self._pushes[step]
             self.version += 1
             self._answer_waiting()
+
+    def done_step(self, worker: int) -> int:
+        """Pushes of a worker for steps below this one are applied; their arrays are free again."""
+        if not 0 <= worker < self.spec.num_workers:
+            return 0
+        return self._next_step[worker] if self.spec.mode == "async" else self.version
+
+    def flush(self, worker: int, reply: Callable[[int], None]) -> None:
+        """Call `reply` with the version when all pushes of a worker so far are applied.
+
+        Raises:
+            ShardNotReadyError: no state yet.
+        """
+        self._check_ready()
+        self._flushes.append((worker, self._next_step[worker], reply))
+        self._answer_flushes()
+
+    def forget(self, replies: Collection[object]) -> None:
+        """Drop the pulls and flushes that wait to be answered so: who asked is gone."""
+        self._waiting = [(pull, reply) for pull, reply in self._waiting if reply not in replies]
+        self._flushes = [flush for flush in self._flushes if flush[2] not in replies]
 
     def check_version(self, version: int) -> None:
         """See that exactly `version` steps are applied, before the whole state is read.
@@ -163,6 +211,7 @@ class ShardState:
             duplicates_dropped=self._duplicates,
             num_rows=sum(len(table.rows) for table in self._tables),
             size_bytes=sum(table.size_bytes for table in self._tables),
+            staleness=tuple(np.trim_zeros(self._staleness, "b").tolist()),
         )
 
     def slabs(self, table: str) -> Iterator[tuple[Slab, F32, dict[str, F32]]]:
@@ -182,9 +231,41 @@ class ShardState:
             raise ShardNotReadyError(f"shard {self.spec.shard_id} has no state yet")
         return self._dense
 
-    def _check_rows(self, local_rows: tuple[I64, ...]) -> None:
+    def _check_pull(self, pull: Pull) -> None:
+        dense = self._check_ready()
+        self._check_worker(pull.worker)
+        self._check_rows(pull.local_rows, pull.bags)
+        if pull.into is not None:
+            seen = pull.into.dense.shape, pull.into.state.shape
+            if seen != (dense.values.shape, self._state.shape):
+                raise ProtocolError(
+                    f"shard {self.spec.shard_id}: room for dense values {seen}, wanted "
+                    f"{(dense.values.shape, self._state.shape)}"
+                )
+        if pull.version < self.version and pull.version != LATEST:
+            raise ProtocolError(
+                f"shard {self.spec.shard_id}: worker {pull.worker} wants version {pull.version} "
+                f"for step {pull.step}, but the shard is at version {self.version}"
+            )
+        ahead = pull.version - self.version
+        if pull.version == LATEST:
+            ahead = pull.step - self.version - self.spec.max_staleness
+        if ahead > MAX_STEPS_AHEAD:
+            raise ProtocolError(
+                f"shard {self.spec.shard_id}: worker {pull.worker} pulls for step {pull.step}, "
+                f"more than {MAX_STEPS_AHEAD} ahead of the shard's version {self.version}"
+            )
+
+    def _check_worker(self, worker: int) -> None:
+        if not 0 <= worker < self.spec.num_workers:
+            raise ProtocolError(
+                f"shard {self.spec.shard_id}: worker {worker} is not in "
+                f"[0, {self.spec.num_workers})"
+            )
+
+    def _check_rows(self, local_rows: tuple[I64, ...], bags: tuple[Bags | None, ...] = ()) -> None:
         # The kernels do not check bounds, so nothing may pass here that they cannot take.
-        if len(local_rows) != len(self._tables):
+        if len(local_rows) != len(self._tables) or len(bags) not in (0, len(self._tables)):
             raise ProtocolError(
                 f"shard {self.spec.shard_id}: message has {len(local_rows)} tables, "
                 f"the shard has {len(self._tables)}"
@@ -198,19 +279,37 @@ class ShardState:
                     f"shard {self.spec.shard_id}: table '{table.name}': local row {index[bad]} "
                     f"is not in [0, {len(store.rows)})"
                 )
+        for table, index, of_table in zip(
+            self.spec.embedding.tables, local_rows, bags_of(bags, len(local_rows)), strict=True
+        ):
+            if of_table is not None:
+                self._check_bags(table, index, of_table)
+
+    def _check_bags(self, table: TableSpec, index: I64, bags: Bags) -> None:
+        splits, where = bags.row_splits, f"shard {self.spec.shard_id}: table '{table.name}'"
+        if not table.optimizer.use_gradient_accumulation:
+            raise ProtocolError(f"{where}: bags need `use_gradient_accumulation`")
+        if (
+            splits.size < 1
+            or splits[0] != 0
+            or splits[-1] != index.size
+            or np.any(splits[1:] < splits[:-1])
+        ):
+            raise ProtocolError(f"{where}: row splits do not cut {index.size} entries into bags")
+        if bags.weights.size not in (0, index.size):
+            raise ProtocolError(f"{where}: {bags.weights.size} weights for {index.size} entries")
 
     def _check_push(self, push: Push) -> None:
         dense = self._check_ready()
-        if not 0 <= push.worker < self.spec.num_workers:
-            raise ProtocolError(
-                f"shard {self.spec.shard_id}: worker {push.worker} is not in "
-                f"[0, {self.spec.num_workers})"
-            )
-        self._check_rows(push.local_rows)
-        wanted = [
-            (index.size, table.dim)
-            for index, table in zip(push.local_rows, self.spec.embedding.tables, strict=True)
-        ]
+        self._check_worker(push.worker)
+        self._check_rows(push.local_rows, push.bags)
+        tables = zip(
+            push.local_rows,
+            bags_of(push.bags, len(self._tables)),
+            self.spec.embedding.tables,
+            strict=True,
+        )
+        wanted = [(i.size if b is None else b.count, table.dim) for i, b, table in tables]
         seen = [grads.shape for grads in push.grads]
         if seen != wanted or push.dense_grad.shape != (dense.values.size,):
             raise ProtocolError(
@@ -240,25 +339,59 @@ class ShardState:
             store.rows[span] = table.initializer.rows(key, ids, table.dim)
         return store
 
+    def _is_due(self, pull: Pull) -> bool:
+        if pull.version != LATEST:
+            return pull.version == self.version
+        return pull.step - self.version <= self.spec.max_staleness
+
     def _read(self, pull: Pull) -> Rows:
+        outs = (None,) * len(self._tables) if pull.into is None else pull.into.rows
+        bags = bags_of(pull.bags, len(self._tables))
         rows = tuple(
-            store.gather(local) for store, local in zip(self._tables, pull.local_rows, strict=True)
+            store.gather(local, out) if of_table is None else store.sums(local, of_table, out)
+            for store, local, of_table, out in zip(
+                self._tables, pull.local_rows, bags, outs, strict=True
+            )
         )
-        self._rows_pulled += sum(len(r) for r in rows)
-        dense = self._check_ready().values.copy()
-        return Rows(self.version, rows, dense, self._state.copy())
+        self._rows_pulled += sum(local.size for local in pull.local_rows)
+        if 0 <= pull.step - self._next_step[pull.worker] < MAX_STEPS_AHEAD:  # a push will follow
+            self._updates_at_pull[pull.worker, pull.step] = self._updates
+        dense, state = self._check_ready().values, self._state
+        if pull.into is None:
+            return Rows(self.version, rows, dense.copy(), state.copy())
+        pull.into.dense[:], pull.into.state[:] = dense, state
+        return Rows(self.version, rows, pull.into.dense, pull.into.state)
 
     def _answer_waiting(self) -> None:
-        due = [(p, reply) for p, reply in self._waiting if p.version == self.version]
-        self._waiting = [(p, reply) for p, reply in self._waiting if p.version != self.version]
+        self._answer_flushes()
+        if not self._waiting:
+            return
+        due = [(p, reply) for p, reply in self._waiting if self._is_due(p)]
+        self._waiting = [(p, reply) for p, reply in self._waiting if not self._is_due(p)]
         for pull, reply in due:
             reply(self._read(pull))
 
-    def _apply(self, pushes: dict[int, Push]) -> None:
-        ranked = [pushes[worker] for worker in range(self.spec.num_workers)]
+    def _answer_flushes(self) -> None:
+        if not self._flushes:
+            return
+        due = [f for f in self._flushes if self.done_step(f[0]) >= f[1]]
+        self._flushes = [f for f in self._flushes if self.done_step(f[0]) < f[1]]
+        for _, _, reply in due:
+            reply(self.version)
+
+    def _note_staleness(self, pushes: Sequence[Push]) -> None:
+        """Count the updates between each push's pull and the push."""
+        for push in pushes:
+            at_pull = self._updates_at_pull.pop((push.worker, push.step), None)
+            if at_pull is not None:
+                self._staleness[min(self._updates - at_pull, STALENESS_BINS - 1)] += 1
+        self._updates += 1
+
+    def _apply(self, ranked: Sequence[Push], step: int) -> None:
+        """Make one step of pushes of one step, in worker-rank order."""
         dense = self._check_ready()
         # Rates and custom computations may raise: all are called before anything changes.
-        *rates, (dense_rate, *_) = self._rates([*self._tables, dense])
+        *rates, (dense_rate, *_) = self._rates([*self._tables, dense], step)
         updates = [self._prepare(i, ranked, rate) for i, rate in enumerate(rates)]
         for update in updates:
             update()
@@ -269,12 +402,13 @@ class ShardState:
         if ranked[0].state is not None:
             self._state = ranked[0].state.copy()
 
-    def _prepare(self, i: int, ranked: list[Push], rates: list[float]) -> Callable[[], None]:
+    def _prepare(self, i: int, ranked: Sequence[Push], rates: list[float]) -> Callable[[], None]:
         """What is left to do for a table when everything that may fail is done."""
         store = self._tables[i]
+        named = [_rows_and_grads(push, i) for push in ranked]
         index, grads = self._reduce(
-            [p.local_rows[i] for p in ranked],
-            [p.grads[i] for p in ranked],
+            [rows for rows, _ in named],
+            [grads for _, grads in named],
             store.optimizer.use_gradient_accumulation,
         )
         rate, *hyperparameters = rates
@@ -284,12 +418,12 @@ class ShardState:
         except ConfigError as e:
             name = self.spec.embedding.tables[i].name
             raise ConfigError(
-                f"shard {self.spec.shard_id}: table '{name}', step {self.version}: {e}"
+                f"shard {self.spec.shard_id}: table '{name}', step {ranked[0].step}: {e}"
             ) from e
         self._rows_pushed += index.size
         return update
 
-    def _rates(self, stores: Sequence[RowStore | FlatStore]) -> list[list[float]]:
+    def _rates(self, stores: Sequence[RowStore | FlatStore], step: int) -> list[list[float]]:
         """The rates of each; a callable is called once a step, however many share it."""
         known: list[tuple[Rate, float]] = []
 
@@ -297,7 +431,7 @@ class ShardState:
             for seen, value in known:
                 if seen == rate:
                     return value
-            known.append((rate, evaluate_rate(rate, self.version)))
+            known.append((rate, evaluate_rate(rate, step)))
             return known[-1][1]
 
         return [[value_of(rate) for rate in store.optimizer.rates] for store in stores]
@@ -333,3 +467,15 @@ class ShardState:
         if self.spec.reduction == "mean":
             total *= np.float32(1.0 / num_workers)
         return total
+
+
+def _rows_and_grads(push: Push, i: int) -> tuple[I64, F32]:
+    """The rows of table i that a push names, and one gradient for each."""
+    bags = push.bags[i] if push.bags else None
+    index, grads = push.local_rows[i], push.grads[i]
+    if bags is None:
+        return index, grads
+    distinct, places = distinct_ids(index)
+    total: F32 = zeros((distinct.size, grads.shape[1]))
+    combine_gradients(grads, places, bags.row_splits, bags.weights, COMBINER_CODES["sum"], total)
+    return distinct, total

@@ -48,6 +48,8 @@ class Threads:
         >>> Threads(2).parts(5, 3)
         [slice(0, 5, None)]
         """
+        if self.count == 1:
+            return [slice(0, size)]
         count = max(1, min(self.count, size // max(1, minimum)))
         return [slice(size * k // count, size * (k + 1) // count) for k in range(count)]
 

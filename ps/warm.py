@@ -12,7 +12,7 @@ from typing import Any, cast
 import numpy as np
 
 from ps.custom_optimizer import CustomOptimizer
-from ps.messages import Pull, Push
+from ps.messages import Bags, Pull, Push, no_weights
 from ps.optimizers import SGD, Optimizer
 from ps.shard import ShardSpec, ShardState
 from ps.spec import TableSpec
@@ -28,9 +28,11 @@ def warm_up(spec: ShardSpec) -> None:
     shard.set_dense(np.zeros(1, dtype=np.float32), np.zeros(0, dtype=np.float32))
     first = (np.zeros(1, dtype=np.int64),) * len(embedding.tables)
     grads = tuple(np.zeros((1, table.dim), dtype=np.float32) for table in embedding.tables)
+    one_bag = Bags(np.array([0, 1], dtype=np.int64), no_weights())
+    bags = tuple(one_bag if t.name in spec.combined else None for t in embedding.tables)
     for worker in range(spec.num_workers):
-        shard.push(Push(worker, 0, first, grads, np.zeros(1, dtype=np.float32), None))
-    shard.pull(Pull(0, 1, 1, first), lambda rows: None)
+        shard.push(Push(worker, 0, first, grads, np.zeros(1, dtype=np.float32), None, bags))
+    shard.pull(Pull(0, 1, 1, first, bags), lambda rows: None)
 
 
 def _one_row(table: TableSpec) -> TableSpec:

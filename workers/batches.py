@@ -4,24 +4,32 @@ The order is a function of (seed, epoch, number of workers). Row groups are put 
 and laid end to end; worker w reads the w-th of `num_workers` equal spans of that sequence (reading
 a row group on the border twice is cheaper than uneven workers), and mixes its rows within windows
 of `shuffle_rows`. An incomplete last batch is left out in training and padded in evaluation.
+
+A window becomes NumPy as a whole, without a copy where Arrow allows; batches are views of it.
 """
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Mapping, Sequence
+import math
+from collections.abc import Iterable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 import pyarrow as pa
 import pyarrow.dataset as pads
 
 from ps.errors import DataError
-from ps.ragged import F32, Ragged
-from workers.columns import bag_column, check_schema, number_column
+from ps.kernels.bags import take_bags
+from ps.ragged import F32, I64, Ragged
+from workers.columns import bag_column, check_schema, number_column, one_each, splits_of
 from workers.config import DataConfig, FeatureEntry
+from workers.prefetch import Prefetched
 from workers.raw_inputs import ColumnInput, Positions
+
+_NO_WEIGHTS = np.zeros(0, dtype=np.float32)
 
 
 @dataclass(frozen=True, slots=True, eq=False)
@@ -36,6 +44,11 @@ class Batch:
     """float32 [B]."""
     example_weights: F32
     """float32 [B]: 1, or 0 for examples that only fill up the last batch of an evaluation."""
+
+    @property
+    def num_examples(self) -> int:
+        """B."""
+        return self.labels.size
 
 
 @dataclass(frozen=True, slots=True)
@@ -60,8 +73,19 @@ class ExampleReader:
         worker: int = 0,
         num_workers: int = 1,
         seed: int = 0,
+        ahead: int = 0,
     ) -> None:
         """Read the schema and the row counts; no rows yet.
+
+        Args:
+            path: a Parquet file, or a folder of them.
+            data: which columns are the label and the dense values.
+            features: the columns of ids, and of their weights.
+            columns: features of embedding columns.
+            worker: whose span of the rows is read, of `num_workers`.
+            num_workers: that share the rows.
+            seed: of the order of training.
+            ahead: windows that a thread reads before they are needed; 0 for no thread.
 
         Raises:
             DataError: no such file, no rows, a column missing or of the wrong type.
@@ -72,6 +96,7 @@ class ExampleReader:
         self._worker = worker
         self._num_workers = num_workers
         self._seed = seed
+        self._ahead = ahead
         self._path = path
         dataset = _open(path)
         with _readable(path):
@@ -113,18 +138,20 @@ class ExampleReader:
         order = np.random.default_rng([self._seed, 0, epoch]).permutation(len(self._groups))
         share = self.num_rows // self._num_workers
         pieces = self._span(order, self._worker * share, (self._worker + 1) * share)
-        windows = self._mixed(pieces, np.random.default_rng([self._seed, 1, epoch, self._worker]))
-        for _, batch in zip(range(steps), _rebatch(windows, batch_size), strict=False):
-            yield self._to_batch(batch, batch_size)
+        rng = np.random.default_rng([self._seed, 1, epoch, self._worker])
+        windows = (self._mixed(window, rng) for window in self._windows(pieces))
+        with Prefetched(windows, self._ahead, name="windows") as ready:
+            batches = _rebatched(ready, batch_size)
+            yield from (batch for _, batch in zip(range(steps), batches, strict=False))
 
     def in_order(self, batch_size: int) -> Iterator[Batch]:
         """All examples of this worker's span, once, in file order; the last batch is padded."""
         bounds = [k * self.num_rows // self._num_workers for k in range(self._num_workers + 1)]
         order = np.arange(len(self._groups))
         pieces = self._span(order, bounds[self._worker], bounds[self._worker + 1])
-        tables = (self._read(piece) for piece in pieces)
-        for batch in _rebatch(tables, batch_size, keep_rest=True):
-            yield self._to_batch(batch, batch_size)
+        with Prefetched(map(self._read, pieces), self._ahead, name="windows") as ready:
+            for batch in _rebatched(ready, batch_size, keep_rest=True):
+                yield _padded(batch, batch_size - batch.num_examples)
 
     def _span(self, order: np.ndarray, start: int, stop: int) -> list[_Piece]:
         """The pieces of rows start … stop - 1 of the row groups laid end to end in this order."""
@@ -137,46 +164,38 @@ class ExampleReader:
             first += size
         return pieces
 
-    def _read(self, piece: _Piece) -> pa.Table:
+    def _read(self, piece: _Piece) -> Batch:
         table = self._groups[piece.group].to_table(schema=self._schema, columns=self._columns)
-        return table.slice(piece.start, piece.stop - piece.start)
+        return self._to_batch(table.slice(piece.start, piece.stop - piece.start))
 
-    def _mixed(self, pieces: Sequence[_Piece], rng: np.random.Generator) -> Iterator[pa.Table]:
-        window: list[pa.Table] = []
+    def _windows(self, pieces: Sequence[_Piece]) -> Iterator[list[_Piece]]:
+        """Pieces that are mixed together."""
+        window: list[_Piece] = []
         for piece in pieces:
-            window.append(self._read(piece))
-            if sum(table.num_rows for table in window) >= self._data.shuffle_rows:
-                yield self._mix(window, rng)
+            window.append(piece)
+            if sum(part.stop - part.start for part in window) >= self._data.shuffle_rows:
+                yield window
                 window = []
         if window:
-            yield self._mix(window, rng)
+            yield window
 
-    def _mix(self, window: list[pa.Table], rng: np.random.Generator) -> pa.Table:
-        table = pa.concat_tables(window)
-        if self._data.shuffle_rows == 0:
-            return table
-        try:
-            return table.take(pa.array(rng.permutation(table.num_rows)))
-        except pa.ArrowInvalid as e:  # lists of more than 2³¹ values in all
-            raise DataError(
-                f"data set {self._path}: {table.num_rows} rows are too many to mix at once ({e}); "
-                "lower data.shuffle_rows or write smaller row groups"
-            ) from None
+    def _mixed(self, window: Sequence[_Piece], rng: np.random.Generator) -> Batch:
+        parts = [self._read(piece) for piece in window]
+        num_rows = sum(part.num_examples for part in parts)
+        return _joined(parts, rng.permutation(num_rows) if self._data.shuffle_rows else None)
 
-    def _to_batch(self, table: pa.Table, batch_size: int) -> Batch:
-        count, missing = table.num_rows, batch_size - table.num_rows
+    def _to_batch(self, table: pa.Table) -> Batch:
         bags: dict[str, Ragged | Positions] = {
-            name: _padded(bag_column(table, f.column or name, f.weights), missing)
+            name: bag_column(table, f.column or name, f.weights)
             for name, f in self._features.items()
         }
         for name, source in self._column_inputs.items():
-            bags[name] = _all_padded(source.read(table), missing)
-        dense = np.zeros((batch_size, len(self._data.dense)), dtype=np.float32)
+            bags[name] = source.read(table)
+        dense = np.empty((table.num_rows, len(self._data.dense)), dtype=np.float32)
         for i, column in enumerate(self._data.dense):
-            dense[:count, i] = number_column(table, column)
-        labels = np.zeros(batch_size, dtype=np.float32)
-        labels[:count] = number_column(table, self._data.label)
-        return Batch(bags, dense, labels, (np.arange(batch_size) < count).astype(np.float32))
+            dense[:, i] = number_column(table, column)
+        labels = number_column(table, self._data.label)
+        return Batch(bags, dense, labels, np.ones(table.num_rows, dtype=np.float32))
 
 
 def _open(path: Path) -> pads.Dataset:
@@ -196,31 +215,152 @@ def _readable(path: Path) -> Iterator[None]:
         ) from None
 
 
-def _rebatch(
-    tables: Iterator[pa.Table], batch_size: int, keep_rest: bool = False
-) -> Iterator[pa.Table]:
-    """Cut a stream of tables into batches that do not stop at the tables' borders."""
-    rest: pa.Table | None = None
-    for table in tables:
-        joined = table if rest is None else pa.concat_tables([rest, table])
-        full = joined.num_rows // batch_size * batch_size
-        for start in range(0, full, batch_size):
-            yield joined.slice(start, batch_size)
-        rest = joined.slice(full)
-    if keep_rest and rest is not None and rest.num_rows:
-        yield rest
+def _rebatched(
+    windows: Iterable[Batch], batch_size: int, keep_rest: bool = False
+) -> Iterator[Batch]:
+    """Cut windows into batches that do not stop at the windows' borders."""
+    parts: list[Batch] = []
+    missing = batch_size
+    for window in windows:
+        start = 0
+        while start < window.num_examples:
+            parts.append(_sliced(window, start, start + missing))
+            start += missing
+            missing -= parts[-1].num_examples
+            if not missing:
+                yield _joined(parts)
+                parts, missing = [], batch_size
+    if keep_rest and parts:
+        yield _joined(parts)
 
 
-def _all_padded(bag: Ragged | Positions, missing: int) -> Ragged | Positions:
-    if not isinstance(bag, Positions) or missing == 0:
-        return _padded(bag, missing) if isinstance(bag, Ragged) else bag
-    length = bag.bags.num_examples // bag.num_examples
-    return Positions(_padded(bag.bags, missing * length), np.pad(bag.lengths, (0, missing)))
+def _sliced(batch: Batch, start: int, stop: int) -> Batch:
+    """Examples start … stop - 1, as far as there are; views."""
+    stop = min(stop, batch.num_examples)
+    if (start, stop) == (0, batch.num_examples):
+        return batch
+    bags = {name: _sliced_bag(bag, start, stop) for name, bag in batch.bags.items()}
+    part = slice(start, stop)
+    return Batch(bags, batch.dense[part], batch.labels[part], batch.example_weights[part])
 
 
-def _padded(bag: Ragged, missing: int) -> Ragged:
-    """The same bags with `missing` empty examples at the end."""
+def _sliced_bag(bag: Ragged | Positions, start: int, stop: int) -> Ragged | Positions:
+    if isinstance(bag, Positions):
+        length = _length(bag)
+        return Positions(bag.bags.slice(start * length, stop * length), bag.lengths[start:stop])
+    if _is_one_each(bag):
+        weights = None if bag.weights is None else bag.weights[start:stop]
+        return Ragged(bag.ids[start:stop], one_each(stop - start), weights)
+    return bag.slice(start, stop)
+
+
+def _joined(parts: Sequence[Batch], order: I64 | None = None) -> Batch:
+    """The examples of all parts, in the order of the parts, or in another."""
+    if len(parts) == 1 and order is None:
+        return parts[0]
+    bags = {
+        name: _joined_bags([part.bags[name] for part in parts], order) for name in parts[0].bags
+    }
+    numbers = [
+        _laid(arrays, order)
+        for arrays in zip(*((p.dense, p.labels, p.example_weights) for p in parts), strict=True)
+    ]
+    return Batch(bags, *numbers)
+
+
+def _joined_bags(parts: Sequence[Ragged | Positions], order: I64 | None) -> Ragged | Positions:
+    positions = [part for part in parts if isinstance(part, Positions)]
+    bags = [part for part in parts if isinstance(part, Ragged)]
+    if not positions:
+        return _concatenated(bags) if order is None else _taken(_concatenated(bags), order)
+    assert not bags, "a feature is of one kind"
+    joined, lengths = _concatenated([p.bags for p in positions]), [p.lengths for p in positions]
+    if order is None:
+        return Positions(joined, np.concatenate(lengths))
+    length = _length(positions[0])
+    places = (order[:, None] * length + np.arange(length)).reshape(-1)
+    return Positions(_taken(joined, places), np.concatenate(lengths)[order])
+
+
+def _concatenated(bags: Sequence[Ragged]) -> Ragged:
+    if len(bags) == 1:
+        return bags[0]
+    if all(map(_is_one_each, bags)):
+        splits = one_each(sum(bag.num_examples for bag in bags))
+    else:
+        splits = splits_of(np.concatenate([np.diff(bag.row_splits) for bag in bags]))
+    weights: F32 | None = None
+    if any(bag.weights is not None for bag in bags):  # no weights are all ones
+        weights = _laid(
+            [np.ones(b.ids.size, np.float32) if b.weights is None else b.weights for b in bags]
+        )
+    return Ragged(_laid([bag.ids for bag in bags]), splits, weights)
+
+
+def _taken(bag: Ragged, order: I64) -> Ragged:
+    """The bags in another order."""
+    if _is_one_each(bag):
+        weights = None if bag.weights is None else _laid([bag.weights], order)
+        return Ragged(_laid([bag.ids], order), bag.row_splits, weights)
+    splits = splits_of(np.diff(bag.row_splits)[order])
+    ids = _room(bag.ids.shape, bag.ids.dtype)
+    given = _NO_WEIGHTS if bag.weights is None else bag.weights
+    weights = _room(given.shape, given.dtype)
+    take_bags(bag.ids, bag.row_splits, given, order, ids, weights)
+    return Ragged(ids, splits, None if bag.weights is None else weights)
+
+
+def _laid(arrays: Sequence[np.ndarray], order: I64 | None = None) -> np.ndarray:
+    """One array after the other, and then their entries in another order."""
+    joined = arrays[0]
+    if len(arrays) > 1:
+        shape = (sum(map(len, arrays)), *joined.shape[1:])
+        joined = np.concatenate(arrays, out=_room(shape, joined.dtype))
+    if order is None:
+        return joined
+    # Not mode "raise", which would copy `out`.
+    return joined.take(order, axis=0, out=_room(joined.shape, joined.dtype), mode="clip")
+
+
+def _room(shape: tuple[int, ...], kind: np.dtype[Any]) -> np.ndarray:
+    """Memory of Arrow's pool, which keeps that of arrays that are gone.
+
+    NumPy would give it back, and the system clears new memory page by page.
+    """
+    return np.ndarray(shape, kind, pa.allocate_buffer(math.prod(shape) * kind.itemsize))
+
+
+def _is_one_each(bag: Ragged) -> bool:
+    """Whether every example has one id, as a column of numbers without nulls has."""
+    return bag.row_splits is one_each(bag.num_examples)
+
+
+def _length(sequences: Positions) -> int:
+    return sequences.bags.num_examples // max(1, sequences.num_examples)
+
+
+def _padded(batch: Batch, missing: int) -> Batch:
+    """The same examples and `missing` empty ones of weight 0."""
     if missing == 0:
-        return bag
-    splits = np.concatenate([bag.row_splits, np.full(missing, bag.row_splits[-1])])
-    return Ragged(bag.ids, splits, bag.weights)
+        return batch
+    bags = {name: _padded_bag(bag, missing) for name, bag in batch.bags.items()}
+    rows = (0, missing)
+    return Batch(
+        bags,
+        np.pad(batch.dense, (rows, (0, 0))),
+        np.pad(batch.labels, rows),
+        np.pad(batch.example_weights, rows),
+    )
+
+
+def _padded_bag(bag: Ragged | Positions, missing: int) -> Ragged | Positions:
+    if isinstance(bag, Positions):
+        return Positions(
+            _with_empty(bag.bags, missing * _length(bag)), np.pad(bag.lengths, (0, missing))
+        )
+    return _with_empty(bag, missing)
+
+
+def _with_empty(bag: Ragged, missing: int) -> Ragged:
+    """The same bags and `missing` empty ones."""
+    return Ragged(bag.ids, np.pad(bag.row_splits, (0, missing), mode="edge"), bag.weights)

@@ -14,9 +14,13 @@ from ps.errors import ConfigError
 from ps.initializers import Initializer
 from ps.loading import build, load_yaml
 from ps.optimizers import SGD, Optimizer
+from ps.shard import Mode
 from ps.spec import EmbeddingSpec, resolve
+from ps.wire.messages import WireDtype
+from ps.wire.transport import TransportName
 from workers.column_entries import embedding_columns
 from workers.shapes import check_trainable, uses_weights
+from workers.shard_bags import check_combined_on_shards
 
 Loss = Literal["mse", "bce"]
 
@@ -34,10 +38,14 @@ class DataConfig:
     """Number columns that the model takes as they are, in this order."""
     shuffle_rows: int = 262_144
     """Rows that are held and mixed at a time; 0 keeps the order of the files."""
+    prefetch: int = 2
+    """Batches that a thread of each worker reads and prepares ahead; 0 prepares a batch when it is
+    needed. The examples and their order are the same."""
 
     def __post_init__(self) -> None:
-        if self.shuffle_rows < 0:
-            raise ConfigError(f"shuffle_rows must be at least 0, got {self.shuffle_rows}")
+        for name in ("shuffle_rows", "prefetch"):
+            if getattr(self, name) < 0:
+                raise ConfigError(f"{name} must be at least 0, got {getattr(self, name)}")
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -50,6 +58,9 @@ class TableEntry:
     initializer: Initializer | None = None
     optimizer: Optimizer | None = None
     quantization_config: QuantizationConfig | None = None
+    combine_on: Literal["worker", "shard"] = "worker"
+    """Where the rows of a bag become one vector. `shard` sends parts of sums instead of rows, which
+    is less where bags are long; the last bits then depend on the number of shards."""
 
     def table_config(self, name: str) -> TableConfig:
         """The entry as the table of that name.
@@ -132,8 +143,21 @@ class TrainConfig:
     """For tables without one of their own."""
     dense_optimizer: Optimizer = field(default_factory=SGD)
     """For the variables of the dense model."""
+    mode: Mode = "sync"
+    """`sync`: all workers' gradients of a step make one version, and results have the same bits in
+    every run. `async`: each worker's gradients are applied when they arrive."""
     lookahead: int = 0
-    """Step t reads version t - lookahead of every row; 0 is strictly synchronous."""
+    """Steps by which a worker asks for rows ahead. In sync mode, step t reads version t - lookahead
+    of every row; 0 is strictly synchronous."""
+    max_staleness: int | None = None
+    """Async mode, where it must be set: steps that a worker may be ahead of the slowest one."""
+    cached_rows: int = 0
+    """Async mode: rows per table that a worker keeps from earlier pulls; 0 for none."""
+    cache_max_age: int = 0
+    """Steps after its pull that a kept row may still be read."""
+    wire_dtype: WireDtype = "float32"
+    """How rows and gradients travel between workers and shards: `bfloat16` and `float16` are half
+    as many bytes, with 8 and 11 bits of precision."""
     reduction: Literal["mean", "sum"] = "mean"
     """How the workers' gradients become one; each worker's loss is a mean over its batch."""
     clip_predictions: tuple[float, ...] | None = None
@@ -150,6 +174,7 @@ class TrainConfig:
                 raise ConfigError(f"{name} must be at least 1, got {getattr(self, name)}")
         if not 0 <= self.lookahead <= 2:
             raise ConfigError(f"lookahead must be 0, 1 or 2, got {self.lookahead}")
+        self._check_async()
         clip = self.clip_predictions
         if clip is not None and (len(clip) != 2 or clip[0] > clip[1]):
             raise ConfigError(f"clip_predictions must be [low, high], got {list(clip)}")
@@ -159,6 +184,28 @@ class TrainConfig:
             raise ConfigError(
                 "dense_optimizer: shards make their own slots; leave out "
                 "`slot_variable_creation_fn`"
+            )
+
+    def _check_async(self) -> None:
+        if self.mode == "async":
+            if self.max_staleness is None or self.max_staleness < self.lookahead:
+                raise ConfigError(
+                    f"max_staleness must be at least lookahead ({self.lookahead}) in async mode, "
+                    f"got {self.max_staleness}"
+                )
+        elif self.max_staleness is not None:
+            raise ConfigError("max_staleness is for mode async; mode is sync")
+        elif self.cached_rows:
+            raise ConfigError("cached_rows is for mode async: kept rows have no exact version")
+        if self.cached_rows < 0 or self.cache_max_age < 0:
+            raise ConfigError(
+                f"cached_rows and cache_max_age must be at least 0, got {self.cached_rows} and "
+                f"{self.cache_max_age}"
+            )
+        if bool(self.cached_rows) != bool(self.cache_max_age):
+            raise ConfigError(
+                f"cached_rows and cache_max_age go together, got {self.cached_rows} and "
+                f"{self.cache_max_age}"
             )
 
 
@@ -176,6 +223,9 @@ class ClusterConfig:
     threads_per_shard: int = 1
     """Cores that a shard's kernels use, for the same bits; `shard_resources` must ask for as many
     CPUs."""
+    transport: TransportName = "auto"
+    """How steps reach shards: `auto` takes shared memory on the same host and TCP to others;
+    `arena` and `tcp` insist on one of them."""
     start_timeout_s: float = 180.0
     step_timeout_s: float = 300.0
 
@@ -206,8 +256,14 @@ class OutputConfig:
     """Export root; every finished run adds a version."""
     metrics: Path | None = None
     """JSON-lines file with one object per progress report and one at the end."""
+    metrics_every_step: bool = False
+    """Whether that file also gets one object per step and worker."""
     snapshot: Path | None = None
     """Snapshot root; every finished run adds one, named by its last step."""
+
+    def __post_init__(self) -> None:
+        if self.metrics_every_step and self.metrics is None:
+            raise ConfigError("metrics_every_step needs `metrics`, the file to write to")
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -293,6 +349,11 @@ class JobConfig:
             return ColumnConfigs({}, {}, {})
         return configs_from_columns(self.columns, self.train.optimizer)
 
+    @property
+    def shard_combined(self) -> frozenset[str]:
+        """Tables whose bags the shards combine."""
+        return frozenset(n for n, entry in self.tables.items() if entry.combine_on == "shard")
+
     def transforms(self) -> Mapping[str, Transform]:
         """From raw values to ids, by the features that have one."""
         return self.column_configs().transforms
@@ -319,6 +380,10 @@ class JobConfig:
                 )
         spec = resolve({**features, **of_columns}, self.train.optimizer)
         check_trainable(spec, self.worker_batch_size)
+        for name in sorted(self.shard_combined):
+            check_combined_on_shards(spec.table(name), spec.features_of(name))
+            if self.train.cached_rows:
+                raise ConfigError(f"tables.{name}.combine_on: shard leaves no rows to cache")
         for feature in spec.features:
             entry = self.features.get(feature.name)
             weights = None if entry is None else entry.weights

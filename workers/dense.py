@@ -15,6 +15,7 @@ import tensorflow as tf
 
 from ps.dense_variables import DenseVariable, describe
 from ps.errors import ConfigError
+from ps.memory import CACHE_LINE
 from ps.ragged import F32
 from workers.batches import Batch
 from workers.config import Loss, ModelConfig
@@ -74,7 +75,8 @@ class DenseStep:
         # TPUStrategy compiles what it runs with XLA by itself, and XLA on CPU or GPU cannot reach
         # the variables of another replica's device.
         jit = None if self._distributed else True
-        self._compiled = tf.function(self._forward_backward, jit_compile=jit)
+        step = self._forward_backward if self._distributed else self._loaded_step
+        self._compiled = tf.function(step, jit_compile=jit)
         self._compiled_predict = tf.function(self._forward, jit_compile=jit)
         self._run_all = tf.function(self._on_replicas)
         self._predict_all = tf.function(self._predict_on_replicas)
@@ -102,25 +104,32 @@ class DenseStep:
         device: DeviceInputs = NO_DEVICE_INPUTS,
     ) -> DenseResult:
         """Loss and gradients of a batch, at the given flat variable values."""
-        self._assign(tf.constant(dense), tf.constant(state))
-        rows = _tensors(device.rows)
         arguments = (dict(activations), device.indices, device.valency, batch.dense, batch.labels)
-        if not self._distributed:
-            loss, grads, row_grads, dense_grad = self._compiled(rows, *_tensors(arguments))
-            joined = {name: grad.numpy() for name, grad in grads.items()}
-        else:
-            loss, parts, row_grads, dense_grad = self._run_all(rows, self._split(arguments))
-            joined = {
-                name: np.concatenate([p.numpy() for p in self._local(part)])
-                for name, part in parts.items()
-            }
+        if self._distributed:
+            return self._train_distributed(dense, state, device.rows, arguments)
+        values = tf.constant(dense), tf.constant(state)
+        loss, grads, row_grads, dense_grad, new_state = self._compiled(
+            *values, *_shared((dict(device.rows), *arguments))
+        )
         return DenseResult(
             float(loss),
-            joined,
-            {table: grad.numpy() for table, grad in row_grads.items()},
-            dense_grad.numpy(),
-            _flat(self._state) if self._state else state,
+            _arrays(grads),
+            _arrays(row_grads),
+            _array(dense_grad),
+            _array(new_state) if self._state else state,
         )
+
+    def _train_distributed(
+        self, dense: F32, state: F32, rows: Mapping[str, F32], arguments: Any
+    ) -> DenseResult:
+        self._assign(tf.constant(dense), tf.constant(state))
+        loss, parts, row_grads, dense_grad = self._run_all(_tensors(rows), self._split(arguments))
+        joined = {
+            name: np.concatenate([_array(p) for p in self._local(part)])
+            for name, part in parts.items()
+        }
+        new_state = _flat(self._state) if self._state else state
+        return DenseResult(float(loss), joined, _arrays(row_grads), _array(dense_grad), new_state)
 
     def predict(
         self,
@@ -170,6 +179,13 @@ class DenseStep:
         summed = {table: tf.convert_to_tensor(grad) for table, grad in row_grads.items()}
         flat = [tf.reshape(g, [-1]) for g in dense_grads]
         return loss, grads, summed, tf.concat(flat, 0) if flat else tf.zeros(0)
+
+    def _loaded_step(self, dense: Any, state: Any, rows: Any, *arguments: Any) -> Any:
+        """One program that takes the flat values in, rather than an assignment per variable."""
+        self._load(dense, state)
+        results = self._forward_backward(rows, *arguments)
+        flat = [tf.reshape(variable, [-1]) for variable in self._state]
+        return *results, tf.concat(flat, 0) if flat else state
 
     def _on_replicas(self, rows: Any, arguments: Any) -> Any:
         loss, *grads = self._strategy.run(self._compiled, args=(rows, *arguments))
@@ -225,6 +241,33 @@ class DenseStep:
 
 def _tensors(arguments: Any) -> Any:
     return tf.nest.map_structure(tf.constant, arguments)
+
+
+def _shared(arguments: Any) -> Any:
+    """Tensors on the memory of arrays, where TensorFlow can read it; copies of the others.
+
+    They are for the duration of a call that XLA compiles. Others may keep what they are given: an
+    assignment makes the memory the variable's, without a copy.
+    """
+    return tf.nest.map_structure(_shared_tensor, arguments)
+
+
+def _shared_tensor(array: F32) -> Any:
+    # TensorFlow takes any address, but reads as if it were a multiple of its alignment. DLPack has
+    # no way to say that an array is read-only.
+    flags, aligned = array.flags, array.ctypes.data % CACHE_LINE == 0
+    if not (aligned and array.size and flags.writeable and flags.c_contiguous):
+        return tf.constant(array)
+    return tf.experimental.dlpack.from_dlpack(array.__dlpack__())
+
+
+def _array(tensor: Any) -> F32:
+    """The values where they lie, which this array keeps alive; `numpy()` would copy them."""
+    return np.asarray(memoryview(tensor))
+
+
+def _arrays(tensors: Mapping[str, Any]) -> dict[str, F32]:
+    return {name: _array(tensor) for name, tensor in tensors.items()}
 
 
 def _flat(variables: Sequence[Any]) -> F32:

@@ -24,33 +24,9 @@ from ps.start import check_dense
 from workers.config import JobConfig
 from workers.jobplan import JobPlan, about, plan_job, start_snapshot
 from workers.metrics import evaluate
-from workers.step import StepReport
+from workers.prometheus import Prometheus
+from workers.report import Progress
 from workers.worker import TrainWorker
-
-
-@dataclass(frozen=True, slots=True, kw_only=True)
-class Progress:
-    """One progress report: what happened since the one before."""
-
-    step: int
-    """Steps behind the tables, with those of the snapshot that the run started from."""
-    epoch: int
-    """Of this run, from 1."""
-    examples: int
-    """Examples since the start of this run."""
-    loss: float
-    """Mean loss over the steps since the last report."""
-    examples_per_s: float
-    staleness: int
-    """Largest staleness seen since the last report, in steps."""
-    unique_ratio: float
-    """Distinct rows pulled per id looked up."""
-    pull_wait: float
-    """Part of the workers' time spent waiting for rows."""
-    dense: float
-    """Part of the workers' time spent in the dense step."""
-    shard_rows_per_s: tuple[float, ...]
-    """Rows pulled and updated per second, per shard."""
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -102,6 +78,7 @@ def train(
             nothing half-written stays behind.
     """
     plan = plan_job(job)
+    listeners = [*listeners, Prometheus(job.name)]
     for listener in listeners:
         listener.starting(plan)
     with ray_cluster(address, job.num_cpus), running(plan.job) as run:
@@ -152,10 +129,14 @@ class Run:
                 dense_optimizer=job.train.dense_optimizer,
                 reduction=job.train.reduction,
                 seed=job.seed,
+                mode=job.train.mode,
+                max_staleness=job.train.max_staleness or 0,
+                combined=job.shard_combined,
                 threads=job.cluster.threads_per_shard,
             ),
             job.cluster.shard_resources,
             job.name,
+            job.train.wire_dtype,
         )
 
     def start(self) -> None:
@@ -175,7 +156,8 @@ class Run:
         if self._start is not None:
             first_step, values = self._start.step, self._restore(self._start, values)
         layout = self.shards.set_dense(values, first_step)
-        connects = [w.connect.remote(self.shards.handles, layout, first_step) for w in self.workers]
+        access = self.shards.access()
+        connects = [w.connect.remote(access, layout, first_step) for w in self.workers]
         self._gather(connects, timeout_s, "connected")
 
     def _restore(self, snapshot: Snapshot, initial: DenseValues) -> DenseValues:
@@ -205,7 +187,7 @@ class Run:
             reports = self._gather(current, steps * step_timeout_s, f"done {steps} steps")
             done += steps
             now, now_stats = clock(), self.shards.stats()
-            progress = _progress(plan, done, reports, now - seen_at, stats, now_stats)
+            progress = Progress.of(plan, done, reports, now - seen_at, stats, now_stats)
             stats, seen_at = now_stats, now
             for listener in listeners:
                 listener.progress(progress)
@@ -333,30 +315,3 @@ def _first_line(error: BaseException) -> str:
         return type(error).__name__
     # Of an actor that could not start, Ray gives the traceback: the last line says why.
     return f"{lines[0]} {lines[-1]}" if "creation task" in lines[0] else lines[0]
-
-
-def _progress(
-    plan: JobPlan,
-    done: int,
-    reports: Sequence[StepReport],
-    elapsed_s: float,
-    before: Sequence[ShardStats],
-    after: Sequence[ShardStats],
-) -> Progress:
-    steps = sum(r.steps for r in reports)
-    total_s = sum(r.total_s for r in reports)
-    return Progress(
-        step=plan.first_step + done,
-        epoch=(done - 1) // plan.steps_per_epoch + 1,
-        examples=done * plan.job.train.batch_size,
-        loss=sum(r.loss for r in reports) / steps,
-        examples_per_s=sum(r.examples for r in reports) / elapsed_s,
-        staleness=max(r.max_staleness for r in reports),
-        unique_ratio=sum(r.rows for r in reports) / max(1, sum(r.ids for r in reports)),
-        pull_wait=sum(r.pull_wait_s for r in reports) / total_s,
-        dense=sum(r.dense_s for r in reports) / total_s,
-        shard_rows_per_s=tuple(
-            (b.rows_pulled + b.rows_pushed - a.rows_pulled - a.rows_pushed) / elapsed_s
-            for a, b in zip(before, after, strict=True)
-        ),
-    )

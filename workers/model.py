@@ -285,8 +285,7 @@ class DLRM(tf.Module):
         num_vectors = len(self._names) + (self._bottom is not None)
         pairs = num_vectors * (num_vectors - 1) // 2
         self._top = MLP([pairs + (dim if self._bottom else 0), *top, 1], rng, "top")
-        rows, columns = np.tril_indices(num_vectors, -1)
-        self._pairs = (rows * num_vectors + columns).astype(np.int32)
+        self._products = PairProducts(num_vectors)
 
     def __call__(self, activations: Mapping[str, Any], dense: Any, training: bool) -> Any:
         """Logits [B, 1]."""
@@ -296,11 +295,43 @@ class DLRM(tf.Module):
             bottom = tf.nn.relu(self._bottom(dense))
             vectors.append(bottom)
             joined.append(bottom)
-        stacked = tf.stack(vectors, axis=1)
-        products = tf.matmul(stacked, stacked, transpose_b=True)
-        flat = tf.reshape(products, [-1, len(vectors) ** 2])
-        joined.append(tf.gather(flat, self._pairs, axis=1))
+        joined.append(self._products(tf.stack(vectors, axis=1), training))
         return self._top(tf.concat(joined, axis=1))
+
+
+class PairProducts:
+    """x_i · x_j for all i > j of N vectors, with a gradient of its own.
+
+    TensorFlow's would scatter the gradients of the pairs, which XLA does one by one, and multiply
+    by them once for i and once for j. Here they are gathered into the symmetric G, where
+    G_ij = G_ji is that of the pair, and the gradient of all vectors is one product, G · x.
+    """
+
+    def __init__(self, num_vectors: int) -> None:
+        n, (rows, columns) = num_vectors, np.tril_indices(num_vectors, -1)
+        self._n = n
+        self._places = (rows * n + columns).astype(np.int32)
+        self._pair_of = np.full((n, n), rows.size, dtype=np.int32)  # the diagonal: behind the last
+        self._pair_of[rows, columns] = self._pair_of[columns, rows] = np.arange(rows.size)
+
+    def __call__(self, stacked: Any, training: bool) -> Any:
+        """float32 [B, N, D] to [B, N(N - 1)/2], row by row of the lower triangle."""
+        if not training:  # saved models are spared a function for the gradient
+            return self._forward(stacked)
+
+        def products(x: Any) -> Any:
+            return self._forward(x), lambda grads: self._backward(grads, x)
+
+        return tf.custom_gradient(products)(stacked)
+
+    def _forward(self, stacked: Any) -> Any:
+        products = tf.matmul(stacked, stacked, transpose_b=True)
+        return tf.gather(tf.reshape(products, [-1, self._n**2]), self._places, axis=1)
+
+    def _backward(self, grads: Any, stacked: Any) -> Any:
+        padded = tf.pad(grads, [[0, 0], [0, 1]])
+        symmetric = tf.gather(padded, self._pair_of.reshape(-1), axis=1)
+        return tf.matmul(tf.reshape(symmetric, [-1, self._n, self._n]), stacked)
 
 
 MODELS: dict[str, Callable[..., Model]] = {"two_tower": TwoTower, "dlrm": DLRM}

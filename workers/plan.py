@@ -9,23 +9,26 @@ classes: ids are all checked, none is dropped, and weights are used as they are.
 
 from __future__ import annotations
 
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Collection, Mapping, Sequence
 from dataclasses import dataclass
+from itertools import accumulate
 
 import numpy as np
 import numpy.typing as npt
 
+from ps.bags import ShardBags
 from ps.config import CustomCombiner, QuantizationConfig
-from ps.errors import IdRangeError
 from ps.kernels.combine import COMBINER_CODES, combine_rows
-from ps.kernels.dedup import first_out_of_range
 from ps.kernels.gradients import combine_gradients, entry_gradients
-from ps.memory import empty, zeros
-from ps.partition import DistinctRows, Layout, distinct_rows
+from ps.memory import CACHE_LINE, empty
+from ps.partition import DistinctRows, Layout
 from ps.ragged import F32, I64, Ragged
 from ps.spec import EmbeddingSpec, FeatureSpec, TableSpec
+from workers.columns import splits_of
+from workers.distinct import distinct_of_tables, used_ids
 from workers.raw_inputs import Positions, lengths
-from workers.shapes import activation_shape, lookup_width, num_positions, uses_weights
+from workers.shapes import activation_shape, lookup_width, num_positions
+from workers.shard_bags import BagsPlan, bag_activations, bag_gradients, plan_bags
 
 I32 = npt.NDArray[np.int32]
 
@@ -65,10 +68,13 @@ class DevicePlan:
 class BatchPlan:
     """Which rows a batch needs, and how its features use them."""
 
-    distinct: dict[str, DistinctRows]
+    distinct: dict[str, DistinctRows | ShardBags]
+    """What is pulled, by table."""
     features: tuple[FeaturePlan, ...]
     device: dict[str, DevicePlan]
     """By table."""
+    bags: dict[str, BagsPlan]
+    """By table, of those whose bags the shards combine."""
     num_examples: int
     num_ids: int
     """Ids that are looked up."""
@@ -92,38 +98,53 @@ NO_DEVICE_INPUTS = DeviceInputs({}, {}, {})
 
 
 def plan_batch(
-    spec: EmbeddingSpec, layout: Layout, bags: Mapping[str, Ragged | Positions]
+    spec: EmbeddingSpec,
+    layout: Layout,
+    bags: Mapping[str, Ragged | Positions],
+    on_shards: Collection[str] = (),
 ) -> BatchPlan:
     """Check the ids of a batch and find its distinct rows, table by table.
+
+    Args:
+        spec: the tables and features.
+        layout: where rows live.
+        bags: ids of every feature.
+        on_shards: tables whose bags the shards combine.
 
     Raises:
         IdRangeError: an id outside its table; names feature, id and range.
     """
-    distinct: dict[str, DistinctRows] = {}
-    host: dict[str, FeaturePlan] = {}
-    device: dict[str, DevicePlan] = {}
-    batch, num_ids = next(iter(bags.values())).num_examples, 0
-    for table in spec.tables:
-        features = spec.features_of(table.name)
-        used = [_used(table, feature, bags[feature.name]) for feature in features]
-        ids = np.concatenate([bag.ids for bag in used])
-        distinct[table.name], index = distinct_rows(ids, layout.placements[table.name])
-        parts = np.split(index, np.cumsum([bag.ids.size for bag in used])[:-1])
-        num_ids += ids.size
-        on_device = []
-        for feature, bag, part in zip(features, used, parts, strict=True):
-            width = lookup_width(table, feature, batch)
-            if isinstance(bags[feature.name], Positions):
-                host[feature.name] = _feature_plan(table, feature, bag, part, bag.row_splits)
-            elif width is None:
-                host[feature.name] = _host_plan(table, feature, bag, part)
-            else:
-                on_device.append((feature.name, width, bag, part))
-        if on_device:
-            num_distinct = distinct[table.name].ids.size
-            device[table.name] = _device_plan(table, num_distinct, on_device)
-    ordered = tuple(host[f.name] for f in spec.features if f.name in host)
-    return BatchPlan(distinct, ordered, device, batch, num_ids, lengths(bags))
+    tables = {table.name: table for table in spec.tables}
+    used = {
+        f.name: used_ids(tables[f.table], f, bags[f.name], checked=f.table in on_shards)
+        for f in spec.features
+    }
+    here = [table for table in spec.tables if table.name not in on_shards]
+    rows, places = distinct_of_tables(spec, here, layout, used)
+    by_bags = {
+        table.name: _bags_plan(spec, table, layout, used)
+        for table in spec.tables
+        if table.name in on_shards
+    }
+    host: list[FeaturePlan] = []
+    device: dict[str, list[tuple[str, int, Ragged, I64]]] = {}
+    batch = next(iter(bags.values())).num_examples
+    for f in (f for f in spec.features if f.name in places):
+        table, bag, index = tables[f.table], used[f.name], places[f.name]
+        width = lookup_width(table, f, batch)
+        if width is None or isinstance(bags[f.name], Positions):
+            host.append(_host_plan(table, f, bags[f.name], bag, index))
+        else:
+            device.setdefault(f.table, []).append((f.name, width, bag, index))
+    return BatchPlan(
+        distinct=rows | {name: plan.entries for name, plan in by_bags.items()},
+        features=tuple(host),
+        device={t: _device_plan(tables[t], rows[t].ids.size, fs) for t, fs in device.items()},
+        bags=by_bags,
+        num_examples=batch,
+        num_ids=sum(bag.ids.size for bag in used.values()),
+        lengths=lengths(bags),
+    )
 
 
 def quantized(spec: EmbeddingSpec, rows: Mapping[str, F32]) -> dict[str, F32]:
@@ -132,11 +153,16 @@ def quantized(spec: EmbeddingSpec, rows: Mapping[str, F32]) -> dict[str, F32]:
 
 
 def activations(spec: EmbeddingSpec, plan: BatchPlan, rows: Mapping[str, F32]) -> dict[str, F32]:
-    """float32, `activation_shape` per feature combined here, from the distinct rows [U, D]."""
-    out = {}
-    for f in plan.features:
+    """float32, `activation_shape` per feature combined here, from the distinct rows [U, D].
+
+    For tables whose bags the shards combine, `rows` has their parts of the sums.
+    """
+    out: dict[str, F32] = {}
+    for name, of_table in plan.bags.items():
+        out |= bag_activations(of_table, rows[name])
+    shapes = [(f.row_splits.size - 1, rows[f.spec.table].shape[1]) for f in plan.features]
+    for f, result in zip(plan.features, _in_one_block(shapes), strict=True):
         table = rows[f.spec.table]
-        result: F32 = empty((f.row_splits.size - 1, table.shape[1]))
         combine_rows(table, f.index, f.row_splits, f.weights, f.combiner, result)
         out[f.spec.name] = result.reshape(activation_shape(spec, f.spec, plan.num_examples))
     return out
@@ -159,58 +185,72 @@ def row_gradients(
     plan: BatchPlan,
     grads: Mapping[str, F32],
     device_grads: Mapping[str, F32],
-) -> tuple[dict[str, DistinctRows], dict[str, F32]]:
+    memory: Callable[[tuple[int, ...]], F32] = empty,
+) -> tuple[dict[str, DistinctRows | ShardBags], dict[str, F32]]:
     """Gradients of rows from gradients of activations, and of the rows that the device was given.
+
+    Args:
+        spec: the tables and features.
+        plan: of the batch.
+        grads: float32, shaped like the activations, by feature.
+        device_grads: float32 [number of rows, D] by table.
+        memory: gives arrays of any content for the gradients, once per table.
 
     Returns:
         Per table the rows a push names and float32 [U, D], one summed gradient per distinct row;
-        for a table without gradient accumulation one entry per contribution.
+        for a table without gradient accumulation one entry per contribution, and for one whose bags
+        the shards combine one per bag.
     """
-    rows, out = {}, {}
+    rows: dict[str, DistinctRows | ShardBags] = {}
+    out: dict[str, F32] = {}
+    features: dict[str, list[FeaturePlan]] = {table.name: [] for table in spec.tables}
+    for f in plan.features:
+        features[f.spec.table].append(f)
     for table in spec.tables:
-        plans = [f for f in plan.features if f.spec.table == table.name]
+        if table.name in plan.bags:
+            rows[table.name], out[table.name] = bag_gradients(plan.bags[table.name], grads)
+            continue
+        plans = features[table.name]
         if not table.optimizer.use_gradient_accumulation:
-            rows[table.name], out[table.name] = _contributions(table, plan, plans, grads)
+            rows[table.name], out[table.name] = _contributions(table, plan, plans, grads, memory)
             continue
         rows[table.name] = plan.distinct[table.name]
-        out[table.name] = _summed(table, plan, plans, grads)
+        out[table.name] = _summed(table, plan, plans, grads, memory)
         device = plan.device.get(table.name)
         if device is not None:
             out[table.name][device.places] += device_grads[table.name][: device.places.size]
     return rows, out
 
 
-def _used(table: TableSpec, feature: FeatureSpec, given: Ragged | Positions) -> Ragged:
-    """The ids and weights that count, after a check of all ids."""
-    bag = given.bags if isinstance(given, Positions) else given
-    bad = first_out_of_range(bag.ids, table.vocabulary_size)
-    if bad >= 0:
-        raise IdRangeError(feature.name, table.name, int(bag.ids[bad]), table.vocabulary_size)
-    if isinstance(given, Positions):
-        return bag
-    batch = bag.num_examples
-    weights = bag.weights if uses_weights(table, feature, batch) else None
-    length = lookup_width(table, feature, batch) or num_positions(feature, batch)
-    counts = np.diff(bag.row_splits)
-    if length == 0 or counts.max(initial=0) <= length:
-        return bag if weights is bag.weights else Ragged(bag.ids, bag.row_splits)
-    kept = bag.positions < length
-    splits = np.concatenate([[0], np.cumsum(np.minimum(counts, length))])
-    return Ragged(bag.ids[kept], splits, None if weights is None else weights[kept])
+def _in_one_block(shapes: Sequence[tuple[int, int]]) -> list[F32]:
+    """Arrays of any content, each from a cache line on.
+
+    The system clears the memory of many middling arrays page by page, every time; one big one gets
+    huge pages.
+    """
+    line = CACHE_LINE // 4
+    starts = [0, *accumulate(-(-rows * dim // line) * line for rows, dim in shapes)]
+    block: F32 = empty((starts[-1],))
+    return [
+        block[start : start + rows * dim].reshape(rows, dim)
+        for start, (rows, dim) in zip(starts, shapes, strict=False)
+    ]
 
 
-def _host_plan(table: TableSpec, feature: FeatureSpec, bag: Ragged, index: I64) -> FeaturePlan:
-    positions = num_positions(feature, bag.num_examples)
-    splits = bag.row_splits
-    if positions:
-        filled = np.arange(positions) < np.diff(splits)[:, None]
-        splits = np.concatenate([[0], np.cumsum(filled)])
-    return _feature_plan(table, feature, bag, index, splits)
+def _bags_plan(
+    spec: EmbeddingSpec, table: TableSpec, layout: Layout, used: Mapping[str, Ragged]
+) -> BagsPlan:
+    features = spec.features_of(table.name)
+    bags = [used[f.name] for f in features]
+    return plan_bags(table, features, bags, layout.placements[table.name])
 
 
-def _feature_plan(
-    table: TableSpec, feature: FeatureSpec, bag: Ragged, index: I64, splits: I64
+def _host_plan(
+    table: TableSpec, feature: FeatureSpec, given: Ragged | Positions, bag: Ragged, index: I64
 ) -> FeaturePlan:
+    splits = bag.row_splits
+    if isinstance(given, Ragged) and (positions := num_positions(feature, bag.num_examples)):
+        splits = splits_of(np.arange(positions) < np.diff(splits)[:, None])
     # A custom combiner combines bags, on the device; positions of one id are rows as they are.
     code = "sum" if isinstance(table.combiner, CustomCombiner) else table.combiner
     weights = _NO_WEIGHTS if bag.weights is None else bag.weights
@@ -247,9 +287,14 @@ def _quantized(config: QuantizationConfig | None, rows_UD: F32) -> F32:
 
 
 def _summed(
-    table: TableSpec, plan: BatchPlan, plans: Sequence[FeaturePlan], grads: Mapping[str, F32]
+    table: TableSpec,
+    plan: BatchPlan,
+    plans: Sequence[FeaturePlan],
+    grads: Mapping[str, F32],
+    memory: Callable[[tuple[int, ...]], F32],
 ) -> F32:
-    out: F32 = zeros((plan.distinct[table.name].ids.size, table.dim))
+    out = memory((plan.distinct[table.name].local_rows.size, table.dim))
+    out.fill(0)
     for f in plans:
         upstream = grads[f.spec.name].reshape(-1, table.dim)
         combine_gradients(upstream, f.index, f.row_splits, f.weights, f.combiner, out)
@@ -257,7 +302,11 @@ def _summed(
 
 
 def _contributions(
-    table: TableSpec, plan: BatchPlan, plans: Sequence[FeaturePlan], grads: Mapping[str, F32]
+    table: TableSpec,
+    plan: BatchPlan,
+    plans: Sequence[FeaturePlan],
+    grads: Mapping[str, F32],
+    memory: Callable[[tuple[int, ...]], F32],
 ) -> tuple[DistinctRows, F32]:
     """Every entry's own gradient, entries ordered by shard (and in batch order within one)."""
     parts = []
@@ -266,10 +315,13 @@ def _contributions(
         upstream = grads[f.spec.name].reshape(-1, table.dim)
         entry_gradients(upstream, f.row_splits, f.weights, f.combiner, parts[-1])
     distinct = plan.distinct[table.name]
+    assert isinstance(distinct, DistinctRows), "contributions are of rows"
     index = np.concatenate([f.index for f in plans])
     shard = np.searchsorted(distinct.shard_splits, index, side="right") - 1
     order = np.argsort(shard, kind="stable")
     splits = np.searchsorted(shard[order], np.arange(distinct.shard_splits.size))
     index = index[order]
     rows = DistinctRows(distinct.ids[index], distinct.local_rows[index], splits)
-    return rows, np.concatenate(parts)[order]
+    out = memory((order.size, table.dim))
+    np.concatenate(parts).take(order, axis=0, out=out, mode="clip")  # raise would copy
+    return rows, out

@@ -2,10 +2,11 @@
 
 from __future__ import annotations
 
-from dataclasses import asdict
+import contextlib
+from dataclasses import fields
 from pathlib import Path
 from types import TracebackType
-from typing import Any, Self, TextIO
+from typing import TYPE_CHECKING, Any, Self, TextIO
 
 import orjson
 from rich.console import Console
@@ -14,8 +15,11 @@ from rich.progress import Progress as Bar
 from rich.table import Table
 
 from ps.errors import JobError
-from workers.job import Progress, TrainResult
 from workers.jobplan import JobPlan
+from workers.report import CAUSES, Cause, Progress, StepRecord
+
+if TYPE_CHECKING:  # it needs Ray, which nothing here does
+    from workers.job import TrainResult
 
 
 class LiveDisplay:
@@ -88,7 +92,10 @@ class PlainLines:
 
 
 class MetricsFile:
-    """One JSON object per report; the last one has `"event"` "finished" or "failed"."""
+    """One JSON object per report; the last one has `"event"` "finished" or "failed".
+
+    Reports that kept their steps give one "step" object per step and worker before their own.
+    """
 
     def __init__(self, path: Path) -> None:
         """Name the file; it is written anew when the job starts."""
@@ -106,9 +113,13 @@ class MetricsFile:
     ) -> None:
         if self._file is None:
             return
-        if error is not None:
+        if error is None:
+            self._file.close()
+            return
+        with contextlib.suppress(OSError, JobError):  # they must not hide the first error
             self._write("failed", error=f"{type(error).__name__}: {error}")
-        self._file.close()
+        with contextlib.suppress(OSError):
+            self._file.close()
 
     def starting(self, plan: JobPlan) -> None:
         """See `Listener`.
@@ -120,7 +131,7 @@ class MetricsFile:
             self._path.parent.mkdir(parents=True, exist_ok=True)
             self._file = self._path.open("w", encoding="utf-8")
         except OSError as e:
-            raise JobError(f"metrics file {self._path}: {e.strerror}") from None
+            raise self._failed(e) from None
         self._write(
             "starting",
             job=plan.job.name,
@@ -131,11 +142,28 @@ class MetricsFile:
         )
 
     def progress(self, progress: Progress) -> None:
-        """See `Listener`."""
-        self._write("progress", **asdict(progress))
+        """See `Listener`.
+
+        Raises:
+            JobError: the file cannot be written.
+        """
+        steps = [
+            (record.step, worker, record)
+            for worker, report in enumerate(progress.reports)
+            for record in report.records
+        ]
+        lines = [
+            _line("step", worker=worker, **_step_fields(record))
+            for _, worker, record in sorted(steps, key=lambda step: step[:2])
+        ]
+        self._append("".join(lines) + _line("progress", **_progress_fields(progress)))
 
     def finished(self, result: TrainResult) -> None:
-        """See `Listener`."""
+        """See `Listener`.
+
+        Raises:
+            JobError: the file cannot be written.
+        """
         self._write(
             "finished",
             steps=result.steps,
@@ -146,11 +174,48 @@ class MetricsFile:
             snapshot=None if result.snapshot is None else str(result.snapshot),
         )
 
-    def _write(self, event: str, **fields: Any) -> None:
+    def _write(self, event: str, **values: Any) -> None:
+        self._append(_line(event, **values))
+
+    def _append(self, lines: str) -> None:
         assert self._file is not None, "a job starts before it reports"
-        # A loss that is NaN becomes null, which JSON has.
-        self._file.write(orjson.dumps({"event": event, **fields}).decode() + "\n")
-        self._file.flush()
+        try:
+            self._file.write(lines)
+            self._file.flush()
+        except OSError as e:
+            raise self._failed(e) from None
+
+    def _failed(self, error: OSError) -> JobError:
+        return JobError(f"metrics file {self._path}: {error.strerror}")
+
+
+def _line(event: str, **values: Any) -> str:
+    # A loss that is NaN becomes null, which JSON has.
+    return orjson.dumps({"event": event, **values}).decode() + "\n"
+
+
+def _progress_fields(progress: Progress) -> dict[str, Any]:
+    """All but what the others sum up."""
+    names = [field.name for field in fields(Progress) if field.name not in ("reports", "stats")]
+    return {name: getattr(progress, name) for name in names}
+
+
+def _step_fields(record: StepRecord) -> dict[str, Any]:
+    traffic = record.traffic
+    return {
+        "step": record.step,
+        "examples": record.examples,
+        "loss": record.loss,
+        "ids": record.ids,
+        "rows": record.rows,
+        "staleness": record.staleness,
+        "total_s": record.total_s,
+        "seconds": dict(zip(CAUSES, record.seconds, strict=True)),
+        "shard_wait_s": traffic.wait_s,
+        "shard_rows": traffic.rows,
+        "shard_sent_bytes": traffic.sent_bytes,
+        "shard_received_bytes": traffic.received_bytes,
+    }
 
 
 def _plan_line(plan: JobPlan) -> str:
@@ -162,11 +227,15 @@ def _plan_line(plan: JobPlan) -> str:
     )
 
 
+_SHOWN: tuple[Cause, ...] = ("input", "pull", "barrier", "dense")
+
+
 def _figures(p: Progress) -> str:
     rows = " + ".join(f"{rate / 1000:.0f}k" for rate in p.shard_rows_per_s)
+    time = " ".join(f"{cause} {p.time[cause]:.0%}" for cause in _SHOWN)
     return (
-        f"loss {p.loss:.4f} | {p.examples_per_s:,.0f} examples/s | staleness {p.staleness} | "
-        f"{rows} rows/s"
+        f"loss {p.loss:.4f} | {p.examples_per_s:,.0f} examples/s | {time} | "
+        f"staleness {p.staleness} | {rows} rows/s"
     )
 
 

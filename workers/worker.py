@@ -3,21 +3,21 @@
 from __future__ import annotations
 
 import os
-from collections.abc import Sequence
 from typing import TYPE_CHECKING, Any
 
 import ray
 
 from ps.client import ShardClient
 from ps.dense_variables import DenseVariable
-from ps.group import RayTransport
+from ps.group import ShardAccess
 from ps.partition import Layout
 from ps.ragged import F32
 from workers.batches import ExampleReader
 from workers.config import JobConfig
 from workers.raw_inputs import column_inputs
+from workers.report import StepReport
 from workers.shapes import device_lookups
-from workers.step import StepLoop, StepReport
+from workers.step import StepLoop, StepOptions
 
 if TYPE_CHECKING:  # the driver imports this module and does without TensorFlow
     from workers.dense import DenseStep
@@ -58,20 +58,32 @@ class TrainWorker:
         )
         return self._dense.initial()
 
-    def connect(self, shards: Sequence[Any], layout: Layout, first_step: int) -> None:
-        """Take the handles of shards, which are at version `first_step`; steps can run then."""
+    def connect(self, shards: ShardAccess, layout: Layout, first_step: int) -> None:
+        """Connect to the shards, which are at version `first_step`; steps can run then."""
         train, cluster = self._job.train, self._job.cluster
-        transport = RayTransport(shards, cluster.step_timeout_s)
-        self._loop = StepLoop(
-            self._spec,
-            ShardClient(self._spec, layout, transport, self._worker),
-            self._built(),
-            self._reader(self._job.data.train),
+        background = train.lookahead > 0
+        transport = shards.connect(
+            self._worker, cluster.transport, background, cluster.step_timeout_s
+        )
+        options = StepOptions(
             batch_size=self._job.worker_batch_size,
             epochs=train.epochs,
             lookahead=train.lookahead,
-            worker=self._worker,
+            mode=train.mode,
+            prefetch=self._job.data.prefetch,
             timeout_s=cluster.step_timeout_s,
+            cached_rows=train.cached_rows,
+            cache_max_age=train.cache_max_age,
+            keep_records=self._job.output.metrics_every_step,
+            shard_combined=self._job.shard_combined,
+        )
+        self._loop = StepLoop(
+            self._spec,
+            ShardClient(self._spec, layout, transport, self._worker, shards.format),
+            self._built(),
+            self._reader(self._job.data.train),
+            options,
+            worker=self._worker,
             first_step=first_step,
         )
 
@@ -118,6 +130,7 @@ class TrainWorker:
             worker=self._worker,
             num_workers=self._job.cluster.workers,
             seed=self._job.seed,
+            ahead=min(1, self._job.data.prefetch),
         )
 
 

@@ -37,6 +37,24 @@ _MIX_1, _MIX_2 = np.uint64(0x9E3779B97F4A7C15), np.uint64(0xBF58476D1CE4E5B9)
 @kernel()
 def first_out_of_range(ids_N: I64, num_rows: int) -> int:
     """Position of the first id outside [0, num_rows), -1 if there is none."""
+    return _first_out_of_range(ids_N, num_rows)
+
+
+@kernel()
+def first_out_of_tables(ids_N: I64, tables_T1: I64, num_rows_T: I64) -> int:
+    """Position of the first id outside its table, -1 if there is none.
+
+    Table t has ids `tables[t]:tables[t + 1]`, which must be in [0, num_rows[t]).
+    """
+    for t in range(num_rows_T.size):
+        place = _first_out_of_range(ids_N[tables_T1[t] : tables_T1[t + 1]], num_rows_T[t])
+        if place >= 0:
+            return int(tables_T1[t]) + place
+    return -1
+
+
+@inline
+def _first_out_of_range(ids_N: I64, num_rows: int) -> int:
     start, size, end = np.uint64(0), np.uint64(ids_N.size), np.uint64(num_rows)
     while start < size:
         stop = min(start + _CHECKED_AT_ONCE, size)
@@ -59,31 +77,55 @@ def distinct_ids(ids_N: I64) -> tuple[I64, I64]:
 
 @kernel()
 def distinct_by_shard(
-    ids_N: I64, slab_rows: int, num_shards: int, offset: int
-) -> tuple[I64, I64, I64, I64]:
-    """Deduplicate ids, order them by shard and find their rows there.
+    ids_N: I64, tables_T1: I64, slab_rows_T: I64, offsets_T: I64, num_shards: int
+) -> tuple[I64, I64, I64, I64, I64]:
+    """Deduplicate the ids of each table, order them by shard and find their rows there.
 
-    Slab s = id div slab_rows lives on shard (s + offset) mod num_shards, as its s div num_shards-th
-    slab; `slab_rows` is a power of two and offset < num_shards. No id is negative. Returns
-    (ids_U, local_rows_U, shard_splits, inverse_N) with `ids[inverse] == ids_N`; shard k owns
-    entries `shard_splits[k]:shard_splits[k + 1]`, in order of first appearance.
+    Table t has ids `tables[t]:tables[t + 1]`, none negative. Its slab s = id div slab_rows[t], a
+    power of two, lives on shard (s + offsets[t]) mod num_shards, as its s div num_shards-th slab;
+    offsets < num_shards.
+
+    Returns (ids_U, local_rows_U, distinct_T1, shard_splits_TK, inverse_N). Table t has the distinct
+    ids `distinct[t]:distinct[t + 1]`, of which shard k owns entries `shard_splits[t, k]` to
+    `shard_splits[t, k + 1]`, in order of first appearance. `inverse` counts from a table's first.
     """
-    unique, inverse = _number(ids_N)
-    splits = np.zeros(num_shards + 2, dtype=np.int64)
-    if num_shards == 1:
-        splits[1] = unique.size
-        return unique, unique, splits[:2], inverse
-    ids, local = np.empty_like(unique), np.empty_like(unique)
+    num_tables = tables_T1.size - 1
+    ids, local = np.empty(ids_N.size, dtype=np.int64), np.empty(ids_N.size, dtype=np.int64)
+    inverse = np.empty(ids_N.size, dtype=np.int64)
+    distinct = np.zeros(num_tables + 1, dtype=np.int64)
+    splits = np.zeros((num_tables, num_shards + 1), dtype=np.int64)
+    for t in range(num_tables):
+        start, stop, first = tables_T1[t], tables_T1[t + 1], distinct[t]
+        unique, number = _number(ids_N[start:stop])
+        last = distinct[t + 1] = first + unique.size
+        if num_shards == 1:
+            splits[t, 1] = unique.size
+            ids[first:last], local[first:last], inverse[start:stop] = unique, unique, number
+            continue
+        place = _place_by_shard(
+            unique, slab_rows_T[t], offsets_T[t], ids[first:last], local[first:last], splits[t]
+        )
+        for i in range(np.uint64(number.size)):
+            inverse[np.uint64(start) + i] = place[np.uint64(number[i])]
+    return ids[: distinct[num_tables]], local[: distinct[num_tables]], distinct, splits, inverse
+
+
+@inline
+def _place_by_shard(
+    unique_U: I64, slab_rows: int, offset: int, ids_U: I64, local_U: I64, splits_K1: I64
+) -> I64:
+    """Write ids, local rows and splits in order of shard; where each distinct id went to."""
+    num_shards = splits_K1.size - 1
+    cursors = np.zeros(num_shards + 2, dtype=np.int64)
     # Once per distinct id, while they are in the caches: in the loop over all entries it is slower.
-    place, shard = _count_by_shard(unique, slab_rows, num_shards, offset, splits)
-    for u in range(np.uint64(unique.size)):
+    place, shard = _count_by_shard(unique_U, slab_rows, num_shards, offset, cursors)
+    for u in range(np.uint64(unique_U.size)):
         cursor = np.uint64(shard[u]) + _ONE
-        p = np.uint64(splits[cursor])
-        splits[cursor] += 1
-        ids[p], local[p], place[u] = unique[u], place[u], p
-    for i in range(np.uint64(inverse.size)):
-        inverse[i] = place[np.uint64(inverse[i])]
-    return ids, local, splits[: num_shards + 1], inverse
+        p = np.uint64(cursors[cursor])
+        cursors[cursor] += 1
+        ids_U[p], local_U[p], place[u] = unique_U[u], place[u], p
+    splits_K1[:] = cursors[: num_shards + 1]
+    return place
 
 
 @inline

@@ -1,4 +1,4 @@
-"""In sync mode the final bits do not depend on the number of shards, on timing, or on the run."""
+"""In sync mode the final bits depend on neither shards, transport, timing nor the run."""
 
 from __future__ import annotations
 
@@ -56,25 +56,30 @@ def test_a_run_changes_every_array(examples: Path, two_shards: dict[str, bytes])
         assert state.tobytes() != two_shards["state"]
 
 
-def test_a_repeated_run_ends_with_the_same_bits(
-    examples: Path, two_shards: dict[str, bytes]
+@pytest.mark.parametrize(
+    ("shards", "transport"), [(2, "auto"), (2, "tcp"), (1, "arena"), (5, "tcp")]
+)
+def test_a_repeated_run_ends_with_the_same_bits_on_any_number_of_shards_and_transport(
+    examples: Path, two_shards: dict[str, bytes], shards: int, transport: str
 ) -> None:
-    assert final_bits(every_optimizer_job(examples)) == two_shards
+    job = every_optimizer_job(examples, shards=shards, transport=transport)
+    assert final_bits(job) == two_shards
 
 
-@pytest.mark.parametrize("shards", [1, 3, 5])
-def test_any_number_of_shards_ends_with_the_same_bits(
-    examples: Path, two_shards: dict[str, bytes], shards: int
+@pytest.mark.parametrize(("shards", "transport"), [(3, "tcp"), (5, "arena")])
+def test_the_same_is_true_at_lookahead_1(
+    examples: Path, two_shards_ahead: dict[str, bytes], shards: int, transport: str
 ) -> None:
-    assert final_bits(every_optimizer_job(examples, shards=shards)) == two_shards
+    job = every_optimizer_job(examples, shards=shards, transport=transport)
+    assert final_bits(with_lookahead(job, 1)) == two_shards_ahead
 
 
-@pytest.mark.parametrize("shards", [1, 3, 5])
-def test_any_number_of_shards_ends_with_the_same_bits_at_lookahead_1(
-    examples: Path, two_shards_ahead: dict[str, bytes], shards: int
-) -> None:
-    job = with_lookahead(every_optimizer_job(examples, shards=shards), 1)
-    assert final_bits(job) == two_shards_ahead
+def test_and_at_lookahead_2(examples: Path, two_shards_ahead: dict[str, bytes]) -> None:
+    ends = [
+        final_bits(with_lookahead(every_optimizer_job(examples, shards=k, transport=t), 2))
+        for k, t in ((1, "arena"), (2, "tcp"))
+    ]
+    assert ends[0] == ends[1] != two_shards_ahead
 
 
 def test_lookahead_is_really_one_step_behind(

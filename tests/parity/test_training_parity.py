@@ -35,7 +35,7 @@ from workers.config import DataConfig, FeatureEntry, JobConfig, ModelConfig, Tab
 from workers.dense import DenseStep
 from workers.model import ModelInputs, model_inputs
 from workers.shapes import device_lookups
-from workers.step import StepLoop
+from workers.step import StepLoop, StepOptions
 
 pytestmark = pytest.mark.parity
 
@@ -181,11 +181,8 @@ def train_with_manta(job: JobConfig, num_shards: int, steps: int = STEPS) -> lis
             ShardClient(spec, layout, LocalTransport(shards), w),
             dense,
             reader,
-            batch_size=job.worker_batch_size,
-            epochs=1,
-            lookahead=0,
+            StepOptions(batch_size=job.worker_batch_size, timeout_s=1.0),
             worker=w,
-            timeout_s=1.0,
         )
         for w, reader in enumerate(readers(job))
     ]

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from dataclasses import dataclass, replace
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 import pyarrow as pa
@@ -61,7 +62,7 @@ def write_examples(folder: Path, rows: int = 1200, seed: int = 0) -> Path:
     return folder / "examples.parquet"
 
 
-def every_optimizer_job(data: Path, **cluster: int) -> JobConfig:
+def every_optimizer_job(data: Path, **cluster: Any) -> JobConfig:
     """Five tables, one per optimizer, an MLP model, two workers."""
     tables = {
         "users": TableEntry(vocabulary_size=300, dim=8, optimizer=Adam(0.01)),

@@ -163,7 +163,7 @@ def distinct_ids(ids_N: I64) -> tuple[I64, I64]:
 
 
 def distinct_by_shard(
-    ids_N: I64, slab_rows: int, num_shards: int, offset: int
+    ids_N: I64, slab_rows: int, offset: int, num_shards: int
 ) -> tuple[I64, I64, I64, I64]:
     """(ids, local rows, shard splits, inverse): the distinct ids, ordered by shard, stable."""
     unique_U, inverse_N = distinct_ids(ids_N)
@@ -173,6 +173,13 @@ def distinct_by_shard(
     order = np.argsort(shard_U, kind="stable")
     splits = np.searchsorted(shard_U[order], np.arange(num_shards + 1))
     return unique_U[order], local_U[order], splits, np.argsort(order)[inverse_N]
+
+
+def take_bags(ids_N: I64, splits_B1: I64, weights_N: F32, order_M: I64) -> tuple[I64, F32]:
+    """(ids, weights) of bag order[0], bag order[1], …, one after the other."""
+    bags = [slice(splits_B1[b], splits_B1[b + 1]) for b in order_M]
+    ids = np.concatenate([ids_N[:0], *(ids_N[bag] for bag in bags)])
+    return ids, np.concatenate([weights_N[:0], *(weights_N[bag] for bag in bags)])
 
 
 # --- random rows --------------------------------------------------------------------------------

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import threading
 from collections import Counter
 from pathlib import Path
 from typing import Any
@@ -13,10 +14,18 @@ import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
+from ps.columns import (
+    categorical_column_with_identity,
+    configs_from_columns,
+    embedding_column,
+    sequence_categorical_column_with_identity,
+)
 from ps.errors import DataError
+from ps.optimizers import SGD
 from workers.batches import Batch, ExampleReader
 from workers.columns import bag_column, number_column
 from workers.config import DataConfig, FeatureEntry
+from workers.raw_inputs import column_inputs
 
 FEATURES = {
     "user": FeatureEntry(table="t"),
@@ -47,6 +56,11 @@ def write(
     table = pa.table({k: v for k, v in columns.items() if v is not None})
     pq.write_table(table, path, row_group_size=group)
     return path
+
+
+GOLDEN_ORDER = [12, 48, 46, 49, 42, 11, 8, 9, 6, 50, 1, 2, 51, 5, 45, 4, 3, 47, 52, 0, 7, 13, 43]
+GOLDEN_ORDER += [10, 44, 14]
+"""The first rows of `shared` with seed 7, windows of 20 and batches of 13."""
 
 
 def reader_of(path: Path, *, shuffle_rows: int = 8, **arguments: Any) -> ExampleReader:
@@ -122,6 +136,83 @@ def test_one_seed_is_one_order(shared: Path, shuffle_rows: int) -> None:
     assert order(1, 0) != order(1, 1)
     assert order(1, 0) != order(2, 0)
     assert not set(order(1, 0, worker=0)) & set(order(1, 0, worker=1))
+
+
+@pytest.mark.parametrize("shuffle_rows", [0, 10, 1000])
+@pytest.mark.parametrize("ahead", [0, 1, 2])
+def test_reading_ahead_changes_nothing(shared: Path, shuffle_rows: int, ahead: int) -> None:
+    def orders(**options: int) -> list[list[int]]:
+        reader = reader_of(shared, shuffle_rows=shuffle_rows, seed=3, **options)
+        return [labels(list(reader.epoch(1, 4))), labels(list(reader.in_order(4)))]
+
+    assert orders(ahead=ahead) == orders()
+
+
+def test_reading_ahead_ends_with_its_iterator(shared: Path) -> None:
+    def threads() -> set[threading.Thread]:
+        return {thread for thread in threading.enumerate() if thread.name == "windows"}
+
+    before = threads()
+    batches = reader_of(shared, ahead=1).epoch(0, 2)
+    next(batches)
+    (thread,) = threads() - before
+    batches.close()
+    assert not thread.is_alive()
+
+
+def test_the_order_of_an_epoch_is_what_it_always_was(shared: Path) -> None:
+    """Snapshots of earlier releases go on with the examples that come next."""
+    reader = reader_of(shared, shuffle_rows=20, seed=7)
+    assert labels(list(reader.epoch(0, 13)))[:26] == GOLDEN_ORDER
+
+
+def test_bags_of_all_kinds_stay_with_their_examples(tmp_path: Path) -> None:
+    """Null lists, null ids and nothing at all, mixed over windows of several row groups."""
+    ids = [[None, None, [i], [i, None, -i], []][i % 5] for i in range(40)]
+    weights = [[None, None, [0.5], [i, 9.0, -i], []][i % 5] for i in range(40)]
+    ones = [i if i % 7 else None for i in range(40)]
+    changes = {
+        "tag_list": pa.array(ids, pa.list_(pa.int32())),
+        "tag_weights": pa.array(weights, pa.list_(pa.float32())),
+        "user": pa.array(ones, pa.int16()),
+    }
+    path = write(tmp_path / "x.parquet", 40, group=6, **changes)
+    for batch in reader_of(path, shuffle_rows=15).epoch(0, 9):
+        rows = [int(label) for label in batch.labels]
+        assert batch.bags["user"].to_lists() == [[i] if i % 7 else [] for i in rows]
+        want = [[[], [], [i], [i, -i], []][i % 5] for i in rows]
+        assert batch.bags["tags"].to_lists() == want
+        flat = [w for i in rows for w in [[], [], [0.5], [i, -i], []][i % 5]]
+        np.testing.assert_array_equal(batch.bags["tags"].weights, np.float32(flat))
+
+
+@pytest.mark.parametrize("batch_size", [3, 8])
+def test_columns_and_sequences_stay_with_their_examples(tmp_path: Path, batch_size: int) -> None:
+    def identity(name: str, make: Any) -> Any:
+        return embedding_column(make(name, 1000), 2, "sum", max_sequence_length=2 * (name == "s"))
+
+    steps = [[[i], [i, i + 1]][: i % 3] for i in range(20)]
+    path = write(
+        tmp_path / "x.parquet",
+        group=6,
+        k=pa.array([[i] * (i % 2) for i in range(20)]),
+        s=pa.array(steps, pa.list_(pa.list_(pa.int64()))),
+    )
+    columns = [
+        identity("k", categorical_column_with_identity),
+        identity("s", sequence_categorical_column_with_identity),
+    ]
+    inputs = column_inputs(configs_from_columns(columns, SGD()))
+    data = DataConfig(train=path, label="rating", shuffle_rows=11)
+    reader = ExampleReader(path, data, {}, inputs, seed=1)
+    for batch in [*reader.epoch(0, batch_size), *reader.in_order(batch_size)]:
+        rows = [int(label) for label in batch.labels[batch.example_weights > 0]]
+        empty = batch_size - len(rows)
+        assert batch.bags["k"].to_lists() == [[i] * (i % 2) for i in rows] + [[]] * empty
+        sequences = batch.bags["s"]
+        assert sequences.lengths.tolist() == [min(i % 3, 2) for i in rows] + [0] * empty
+        want = [step for i in rows for step in (steps[i] + [[], []])[:2]]
+        assert sequences.bags.to_lists() == want + [[], []] * empty
 
 
 def test_an_epoch_can_be_read_again_with_the_same_reader(shared: Path) -> None:

@@ -27,7 +27,7 @@ FIBONACCI = (75025, 196418, 433494437, 1134903170, 7540113804746346429)
 """Multiples of these lie in one heap when hashed by the golden ratio alone."""
 
 
-def call(kernel: Callable[..., Any], ids: I64, *args: int) -> Any:
+def call(kernel: Callable[..., Any], ids: I64, *args: Any) -> Any:
     """The kernel's result, which is the same for arrays of every kind."""
     wanted = kernel(ids.copy(), *args)
     for array in (frozen(ids), unaligned(ids), guarded(ids, "start"), guarded(ids, "end")):
@@ -97,8 +97,8 @@ def test_any_mix_of_old_and_new_ids_equals_the_twin(
         ]
     )
     assert_equal(dedup.distinct_ids(ids), twin.distinct_ids(ids))
-    args = ids, 1024, 3, 1
-    assert_equal(dedup.distinct_by_shard(*args), twin.distinct_by_shard(*args))
+    got = dedup.distinct_by_shard(ids, i64(0, ids.size), i64(1024), i64(1), 3)
+    assert_equal(of_table(got, 0, i64(0, ids.size)), twin.distinct_by_shard(ids, 1024, 1, 3))
 
 
 def test_new_ids_after_many_equal_ones_find_room() -> None:
@@ -124,15 +124,41 @@ def test_ids_at_equal_distances_are_spread_over_the_table(stride: int) -> None:
     assert used > 0.95 * expected
 
 
+TABLE = st.tuples(st.lists(st.integers(0, 2**62), max_size=40), st.sampled_from([1, 2, 64, 2**15]))
+
+
 @given(
-    ids=st.lists(st.integers(0, 2**62), max_size=40),
-    slab_rows=st.sampled_from([1, 2, 64, 2**15]),
-    num_shards=st.integers(1, 9),
-    data=st.data(),
+    tables=st.lists(TABLE, max_size=4), num_shards=st.integers(1, 9), seed=st.integers(0, 2**32 - 1)
 )
 def test_distinct_ids_by_shard_equal_their_twin(
-    ids: list[int], slab_rows: int, num_shards: int, data: Any
+    tables: list[tuple[list[int], int]], num_shards: int, seed: int
 ) -> None:
-    args = slab_rows, num_shards, data.draw(st.integers(0, num_shards - 1))
-    got = call(dedup.distinct_by_shard, i64(*ids), *args)
-    assert_equal(got, twin.distinct_by_shard(i64(*ids), *args))
+    offsets = np.random.default_rng(seed).integers(0, num_shards, len(tables))
+    ids, bounds = laid([of_t for of_t, _ in tables])
+    slab_rows = i64(*(rows for _, rows in tables))
+    got = call(dedup.distinct_by_shard, ids, bounds, slab_rows, offsets, num_shards)
+    assert got[2][-1] == got[0].size == got[1].size
+    for t, (of_t, rows) in enumerate(tables):
+        want = twin.distinct_by_shard(i64(*of_t), rows, int(offsets[t]), num_shards)
+        assert_equal(of_table(got, t, bounds), want)
+
+
+@given(tables=st.lists(st.tuples(IDS, st.integers(1, 2**62)), max_size=4))
+def test_the_first_id_outside_its_table_is_found(tables: list[tuple[list[int], int]]) -> None:
+    ids, bounds = laid([of_t for of_t, _ in tables])
+    num_rows = i64(*(size for _, size in tables))
+    found = [twin.first_out_of_range(i64(*of_t), size) for of_t, size in tables]
+    want = next((bounds[t] + place for t, place in enumerate(found) if place >= 0), -1)
+    assert call(dedup.first_out_of_tables, ids, bounds, num_rows) == want
+
+
+def laid(parts: list[list[int]]) -> tuple[I64, I64]:
+    """All ids, one table after the other, and the bounds of the tables."""
+    return i64(*(i for part in parts for i in part)), np.cumsum([0, *map(len, parts)])
+
+
+def of_table(got: Any, t: int, bounds: I64) -> Any:
+    """(ids, local rows, shard splits, inverse) of one table."""
+    ids, local, distinct, splits, inverse = got
+    part = slice(distinct[t], distinct[t + 1])
+    return ids[part], local[part], splits[t], inverse[bounds[t] : bounds[t + 1]]

@@ -10,7 +10,15 @@ from hypothesis import given
 from hypothesis import strategies as st
 
 from ps.config import FeatureConfig, TableConfig
-from ps.partition import Layout, Placement, distinct_rows, div_splits, slab_rows, slices
+from ps.partition import (
+    Layout,
+    Placement,
+    distinct_rows,
+    distinct_rows_of_tables,
+    div_splits,
+    slab_rows,
+    slices,
+)
 from ps.spec import EmbeddingSpec, TableSpec, resolve
 from tests.support import reference as twin
 
@@ -92,10 +100,31 @@ def test_split_then_merge_is_identity(num_rows: int, num_shards: int, data: Any)
 def test_large_ids_keep_their_place(ids: list[int], num_shards: int) -> None:
     placement = Placement(2**62 + 1, 2**12, num_shards, 0)
     distinct, index = distinct_rows(np.array(ids, dtype=np.int64), placement)
-    want = twin.distinct_by_shard(np.array(ids, dtype=np.int64), 2**12, num_shards, 0)
+    want = twin.distinct_by_shard(np.array(ids, dtype=np.int64), 2**12, 0, num_shards)
     got = (distinct.ids, distinct.local_rows, distinct.shard_splits, index)
     for array, twins in zip(got, want, strict=True):
         np.testing.assert_array_equal(array, twins)
+
+
+@given(
+    tables=st.lists(
+        st.tuples(SIZES, st.lists(st.integers(0, 2**31), max_size=20)), min_size=1, max_size=4
+    ),
+    num_shards=SHARDS,
+)
+def test_tables_together_have_the_rows_that_each_has_alone(
+    tables: list[tuple[int, list[int]]], num_shards: int
+) -> None:
+    spec = spec_of(*((num_rows, 8) for num_rows, _ in tables))
+    placements = list(Layout.of(spec, num_shards).placements.values())
+    ids = [np.array(of_t, dtype=np.int64) % num_rows for num_rows, of_t in tables]
+    bounds = np.cumsum([0, *map(len, ids)])
+    rows, index = distinct_rows_of_tables(np.concatenate(ids), bounds, placements)
+    for t, of_t in enumerate(ids):
+        alone, places = distinct_rows(of_t, placements[t])
+        for name in ("ids", "local_rows", "shard_splits"):
+            np.testing.assert_array_equal(getattr(rows[t], name), getattr(alone, name))
+        np.testing.assert_array_equal(index[bounds[t] : bounds[t + 1]], places)
 
 
 @given(num_rows=st.integers(1, 2**40), dim=st.integers(1, 2**15))

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import itertools
 from typing import Any
 
 import numpy as np
@@ -11,6 +12,7 @@ from hypothesis import strategies as st
 
 from ps.config import CustomCombiner, FeatureConfig, QuantizationConfig, TableConfig
 from ps.errors import IdRangeError
+from ps.memory import CACHE_LINE
 from ps.optimizers import SGD
 from ps.partition import Layout
 from ps.ragged import F32, Ragged
@@ -135,6 +137,32 @@ def test_row_gradients_are_summed_once_per_distinct_row(
         assert same_bits(grads[table.name], want[distinct.ids])
         untouched = np.delete(want, distinct.ids, axis=0)
         assert not untouched.any()
+
+
+@pytest.mark.parametrize("accumulate", [True, False])
+def test_gradients_are_written_where_the_caller_says(accumulate: bool) -> None:
+    spec = spec_of(accumulate=accumulate)
+    batch = {f.name: Ragged.from_lists([[1, 1, 5], [], [5]]) for f in spec.features}
+    plan, _, upstream = planned(spec, batch, 2)
+    given: list[F32] = []
+
+    def memory(shape: tuple[int, ...]) -> F32:
+        given.append(np.full(shape, np.nan, dtype=np.float32))
+        return given[-1]
+
+    _, grads = row_gradients(spec, plan, upstream, {}, memory)
+    assert [id(grads[table.name]) for table in spec.tables] == [id(array) for array in given]
+    _, want = row_gradients(spec, plan, upstream, {})
+    assert all(same_bits(grads[name], want[name]) for name in want)
+
+
+def test_activations_start_at_cache_lines() -> None:
+    spec = spec_of()
+    batch = {f.name: Ragged.from_lists([[1], [2], [3]]) for f in spec.features}
+    plan, tables, _ = planned(spec, batch, 1)
+    out = activations(spec, plan, pulled(plan, tables))
+    assert [array.ctypes.data % CACHE_LINE for array in out.values()] == [0] * len(out)
+    assert not any(np.shares_memory(a, b) for a, b in itertools.combinations(out.values(), 2))
 
 
 @settings(max_examples=60)

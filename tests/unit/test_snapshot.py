@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import asyncio
 import errno
 import itertools
 import json
@@ -16,7 +15,6 @@ from typing import Any
 import numpy as np
 import pytest
 
-from ps.actor import ShardServer
 from ps.client import LocalTransport, ShardClient
 from ps.config import FTRL, SGD, Adagrad, Adam, FeatureConfig, TableConfig
 from ps.dense_variables import DenseVariable
@@ -26,6 +24,7 @@ from ps.export_file import RowFile, allocate, open_rows, read_rows, write_rows
 from ps.partition import Layout, div_splits
 from ps.ragged import F32, Ragged
 from ps.shard import ShardSpec, ShardState
+from ps.shard_files import load_pieces
 from ps.snapshot import Snapshot, export_snapshot, open_snapshot
 from ps.spec import EmbeddingSpec, resolve
 from ps.start import check_dense, check_tables, check_variables
@@ -44,7 +43,7 @@ from tests.support.snapshots import (
 from workers.batches import Batch
 from workers.config import load_job
 from workers.jobplan import plan_job
-from workers.step import StepLoop
+from workers.step import StepLoop, StepOptions
 
 SPEC = every_optimizer_spec()
 CONTENTS = random_contents(SPEC)
@@ -162,8 +161,7 @@ def test_a_table_with_a_custom_combiner_is_kept_but_not_exported(tmp_path: Path)
 @pytest.mark.parametrize("num_shards", [1, 2, 5])
 def test_any_number_of_shards_takes_a_snapshot_up(tmp_path: Path, num_shards: int) -> None:
     snapshot = open_snapshot(write(tmp_path))
-    shards = [load(snapshot, k, num_shards) for k in range(num_shards)]
-    states = [shard._state for shard in shards]
+    states = [load(snapshot, k, num_shards) for k in range(num_shards)]
     for table in SPEC.tables:
         arrays = whole_table(states, table.name)
         assert all(map(same_bits, arrays, CONTENTS[table.name].values()))
@@ -174,9 +172,9 @@ def test_any_number_of_shards_takes_a_snapshot_up(tmp_path: Path, num_shards: in
         assert same_bits(np.concatenate([d[1][slot] for d in dense]), values)
 
 
-def load(snapshot: Snapshot, shard: int, num_shards: int) -> ShardServer:
+def load(snapshot: Snapshot, shard: int, num_shards: int) -> ShardState:
     """One shard of a job that starts from the snapshot."""
-    server = ShardServer(
+    state = ShardState(
         ShardSpec(
             shard_id=shard,
             num_shards=num_shards,
@@ -188,15 +186,12 @@ def load(snapshot: Snapshot, shard: int, num_shards: int) -> ShardServer:
     assert snapshot.dense is not None
     values = snapshot.dense.values()
     span = slice(*div_splits(values.trainable.size, num_shards)[shard : shard + 2])
-
-    async def start() -> None:
-        for table in snapshot.tables:
-            await server.load_table(table.name, table.row_file, table.slot_files)
-        slots = {name: slot[span] for name, slot in values.slots.items()}
-        await server.set_dense(values.trainable[span], values.state, slots, snapshot.step)
-
-    asyncio.run(start())
-    return server
+    for table in snapshot.tables:
+        for _ in load_pieces(state, table.name, table.row_file, table.slot_files):
+            pass
+    slots = {name: slot[span] for name, slot in values.slots.items()}
+    state.set_dense(values.trainable[span], values.state, slots, snapshot.step)
+    return state
 
 
 class Reader:
@@ -238,11 +233,8 @@ def test_steps_versions_and_rates_go_on_from_the_snapshots_step(lookahead: int) 
         ShardClient(spec, Layout.of(spec, 1), LocalTransport([state]), 0),
         NoDense(),  # type: ignore[arg-type]
         Reader(),  # type: ignore[arg-type]
-        batch_size=1,
-        epochs=1,
-        lookahead=lookahead,
+        StepOptions(batch_size=1, lookahead=lookahead, timeout_s=1.0),
         worker=0,
-        timeout_s=1.0,
         first_step=40,
     )
     report = loop.run(9)

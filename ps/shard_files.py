@@ -1,0 +1,35 @@
+"""A shard's tables to and from files, piece by piece: the shard serves workers in between."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator, Mapping
+
+from ps.export_file import RowFile, read_rows, write_rows
+from ps.shard import ShardState
+
+
+def load_pieces(
+    state: ShardState, table: str, rows: RowFile, slots: Mapping[str, RowFile]
+) -> Iterator[None]:
+    """Take this shard's rows and slots of a table from a snapshot's files, slab by slab."""
+    for slab, row_view, slot_views in state.slabs(table):
+        read_rows(rows, slab.first_id, row_view)
+        for name, slot_view in slot_views.items():
+            read_rows(slots[name], slab.first_id, slot_view)
+        yield
+
+
+def write_pieces(
+    state: ShardState, version: int, table: str, rows: RowFile, slots: Mapping[str, RowFile]
+) -> Iterator[int]:
+    """Write this shard's rows of a table, and the named slots; yields the rows of each slab.
+
+    Raises:
+        ProtocolError: the shard is not at `version`, or has not stayed there.
+    """
+    for slab, row_view, slot_views in state.slabs(table):
+        state.check_version(version)
+        write_rows(rows, slab.first_id, row_view)
+        for name, file in slots.items():
+            write_rows(file, slab.first_id, slot_views[name])
+        yield slab.num_rows

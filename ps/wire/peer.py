@@ -1,0 +1,301 @@
+"""`Peer`: one worker's connection, as the shard sees it. The loop's thread alone uses it."""
+
+from __future__ import annotations
+
+import array
+import os
+import select
+import socket
+import time
+from collections import deque
+from collections.abc import Callable, Sequence
+from typing import TYPE_CHECKING, Any
+
+from ps.errors import MantaError, ProtocolError
+from ps.messages import Rows
+from ps.shard import ShardState
+from ps.wire.arena import MAX_SEGMENTS, Segment
+from ps.wire.frames import (
+    HEADER_BYTES,
+    Buffer,
+    Frame,
+    FrameReader,
+    Header,
+    Kind,
+    encode,
+    error_frame,
+)
+from ps.wire.handshake import HELLO_META_BYTES, challenge, check_hello, new_nonce
+from ps.wire.messages import Incoming, rows_payload, write_rows
+
+if TYPE_CHECKING:
+    from ps.wire.server import ServerOptions
+
+MAX_UNANSWERED = 64
+"""Pulls and flushes of a worker that wait at one time; it never has more than a few."""
+MAX_QUEUED = 4
+"""Answers that wait to be sent before no more frames are read."""
+MAX_PIECES = 1000
+"""Buffers in one `sendmsg`; Linux takes 1024."""
+_FD_BYTES = socket.CMSG_SPACE(4)
+_TRUNCATED = int(socket.MSG_CTRUNC)  # as a plain number: this is asked for every frame
+
+
+class Peer:
+    """Reads frames, hands them to the state, and sends the answers as the peer takes them."""
+
+    def __init__(
+        self,
+        sock: socket.socket,
+        address: Any,
+        state: ShardState,
+        options: ServerOptions,
+        watch: Callable[[Peer, int], None],
+    ) -> None:
+        sock.setblocking(False)
+        self._sock = sock
+        self._shared = sock.family == socket.AF_UNIX
+        if not self._shared:
+            sock.setsockopt(socket.IPPROTO_TCP, socket.TCP_NODELAY, 1)
+        self._state = state
+        self._options = options
+        self._watch = watch
+        self._incoming = Incoming(options.format, self._shared)
+        self._reader = FrameReader(self._incoming.place, 0, HELLO_META_BYTES)
+        self._outgoing: deque[memoryview] = deque()
+        self._fds: list[int] = []
+        self._nonce = new_nonce()
+        self._worker: int | None = None
+        self._unanswered: dict[int, Callable[..., None]] = {}
+        """What the state calls with the answers that it owes, by number of the request."""
+        self._queued = 0
+        self._events = select.EPOLLIN
+        self._closed = False
+        self._waiting_since: float | None = time.monotonic()
+        """Since when the peer owes us something; None while it does not."""
+        self.name = f"{'unix' if self._shared else 'tcp'} peer {address or ''}".strip()
+
+    def fileno(self) -> int:
+        """Of its socket."""
+        return self._sock.fileno()
+
+    def start(self) -> None:
+        """Send the challenge."""
+        self._send([challenge(self._nonce)])
+
+    def close(self) -> None:
+        """Close the socket; a worker's pushes that were taken stay, its pulls are forgotten."""
+        self._closed = True
+        if self._unanswered:
+            self._state.forget(set(self._unanswered.values()))
+            self._unanswered.clear()
+        self._outgoing.clear()
+        for fd in self._fds:
+            os.close(fd)
+        self._sock.close()
+
+    def overdue(self, now: float) -> str | None:
+        """Why the peer is to be cut off, None if it is not."""
+        if self._waiting_since is None or now - self._waiting_since < self._options.deadline_s:
+            return None
+        owed = "its answers are not read" if self._outgoing else "no whole frame came"
+        if self._worker is None:
+            owed = "it has not said who it is"
+        return f"{owed} within {self._options.deadline_s:g} s"
+
+    def on_event(self, events: int) -> bool:
+        """Send and read what the socket takes and has; at most one frame. False: it is gone.
+
+        Raises:
+            ProtocolError: what came is not the protocol.
+        """
+        if events & select.EPOLLOUT:
+            self._flush()
+        if events & (select.EPOLLIN | select.EPOLLHUP | select.EPOLLERR):
+            return self._read()
+        return True
+
+    def _read(self) -> bool:
+        while True:
+            try:
+                count = self._receive(self._reader.wanted)
+            except BlockingIOError:
+                break
+            except OSError:
+                return False
+            if count == 0:
+                return False
+            if self._worker is not None and not self._outgoing:
+                self._waiting_since = None  # it goes on
+            frame = self._reader.received(count)
+            if frame is not None:
+                self._on_frame(frame)
+                break
+        self._note_debt()
+        return True
+
+    def _receive(self, wanted: memoryview) -> int:
+        if not self._shared or self._worker is None or len(wanted) != HEADER_BYTES:
+            return self._sock.recv_into(wanted)
+        count, control, flags, _ = self._sock.recvmsg_into([wanted], _FD_BYTES)
+        for level, kind, data in control:
+            if (level, kind) == (socket.SOL_SOCKET, socket.SCM_RIGHTS):
+                fds = array.array("i")
+                fds.frombytes(data[: len(data) - len(data) % fds.itemsize])
+                self._fds.extend(fds)
+        if flags & _TRUNCATED or len(self._fds) > 1:
+            raise ProtocolError("more than one file descriptor with a frame")
+        return count
+
+    def _on_frame(self, frame: Frame) -> None:
+        kind = frame.header.kind
+        if self._worker is None:
+            self._on_hello(frame)
+        elif kind == Kind.PULL:
+            self._answered_late(frame.header, lambda: self._pull(frame))
+        elif kind == Kind.PUSH:
+            self._guarded(frame.header, lambda: self._push(frame))
+        elif kind == Kind.FLUSH:
+            self._answered_late(frame.header, lambda: self._flush_pushes(frame.header))
+        elif kind == Kind.ARENA:
+            self._on_segment(frame.header)
+        else:
+            raise ProtocolError(f"a worker does not send {kind.name}")
+
+    def _on_hello(self, frame: Frame) -> None:
+        welcome = check_hello(self._options.token, self._nonce, frame)
+        header, spec = frame.header, self._state.spec
+        seen = (header.version, header.aux)
+        wanted = (spec.shard_id, self._options.fingerprint)
+        if seen != wanted or header.worker >= spec.num_workers:
+            self._send([error_frame(0, ProtocolError(
+                f"worker {header.worker} wants shard {seen[0]} of the job {seen[1]:#x}; this is "
+                f"shard {wanted[0]} of {wanted[1]:#x}, with {spec.num_workers} workers"
+            ))])  # fmt: skip
+            return
+        self._worker = header.worker
+        self._reader = FrameReader(self._incoming.place, self._options.format.max_payload_bytes)
+        self.name = f"worker {header.worker} ({self.name})"
+        self._send([welcome])
+
+    def _on_segment(self, header: Header) -> None:
+        segments = self._incoming.segments
+        if not self._shared or not self._fds or len(segments) >= MAX_SEGMENTS:
+            raise ProtocolError("an ARENA frame without its file descriptor, or too many of them")
+        if header.version != len(segments):
+            raise ProtocolError(f"segment {header.version} came, {len(segments)} is next")
+        fd = self._fds.pop()
+        try:
+            segments.append(Segment.attached(fd, header.aux))
+        finally:
+            os.close(fd)
+
+    def _answered_late(self, header: Header, call: Callable[[], None]) -> None:
+        if len(self._unanswered) >= MAX_UNANSWERED:
+            raise ProtocolError(f"more than {MAX_UNANSWERED} requests wait for their answers")
+        if header.request in self._unanswered:
+            raise ProtocolError(f"request {header.request} came while it waits for its answer")
+        self._guarded(header, call)
+
+    def _guarded(self, header: Header, call: Callable[[], None]) -> None:
+        """Tell the worker what went wrong with a request; other connections are not touched."""
+        try:
+            if header.worker != self._worker:
+                raise ProtocolError(f"worker {self._worker} sent as worker {header.worker}")
+            call()
+        except Exception as e:  # a custom optimizer may raise anything
+            self._unanswered.pop(header.request, None)
+            self._send([error_frame(header.request, e)])
+
+    def _pull(self, frame: Frame) -> None:
+        pull, into = self._incoming.pull(frame)
+        came = time.monotonic_ns()
+
+        def reply(rows: Rows) -> None:
+            self._unanswered.pop(frame.header.request, None)
+            payload: Sequence[Buffer] = ()
+            try:
+                if into is None:
+                    payload = rows_payload(self._options.format, rows)
+                elif pull.into is None:
+                    write_rows(self._options.format, rows, into)
+            except MantaError as e:  # ours alone, though another's push may have made the version
+                self._send([error_frame(frame.header.request, e)])
+                return
+            waited = time.monotonic_ns() - came
+            self._answer(Kind.ROWS, frame.header, rows.version, waited, payload)
+
+        self._unanswered[frame.header.request] = reply
+        self._state.pull(pull, reply)
+
+    def _push(self, frame: Frame) -> None:
+        self._state.push(self._incoming.push(frame))
+
+    def _flush_pushes(self, header: Header) -> None:
+        """Answered when the state is done with all pushes so far."""
+
+        def reply(version: int) -> None:
+            self._unanswered.pop(header.request, None)
+            self._answer(Kind.FLUSHED, header, version, 0, ())
+
+        self._unanswered[header.request] = reply
+        self._state.flush(header.worker, reply)
+
+    def _answer(
+        self, kind: Kind, request: Header, version: int, aux: int, payload: Sequence[Buffer]
+    ) -> None:
+        done = self._state.done_step(request.worker)
+        header = Header(kind, request=request.request, step=done, version=version, aux=aux)
+        self._send([encode(header, b"", payload), *payload])
+
+    def _send(self, pieces: Sequence[Buffer]) -> None:
+        if self._closed:
+            return
+        idle = not self._outgoing
+        self._queued += 1
+        self._outgoing.extend(map(memoryview, pieces))
+        if idle:
+            self._flush()
+        self._watch_what_matters()
+
+    def _flush(self) -> None:
+        """Send what the socket takes."""
+        while self._outgoing:
+            pieces = [self._outgoing[i] for i in range(min(len(self._outgoing), MAX_PIECES))]
+            try:
+                sent = self._sock.sendmsg(pieces)
+            except BlockingIOError:
+                break
+            except OSError:  # gone: reading will say so
+                self._outgoing.clear()
+                break
+            self._waiting_since = time.monotonic()
+            drop_sent(self._outgoing, sent)
+        if not self._outgoing:
+            self._queued = 0
+        self._watch_what_matters()
+        self._note_debt()
+
+    def _watch_what_matters(self) -> None:
+        """A peer that leaves several answers unread is not read from either."""
+        events = select.EPOLLIN if self._queued < MAX_QUEUED else 0
+        events |= select.EPOLLOUT if self._outgoing else 0
+        if events != self._events and not self._closed:
+            self._events = events
+            self._watch(self, events)
+
+    def _note_debt(self) -> None:
+        """A peer owes us its HELLO, the rest of a frame, or to take what is sent to it."""
+        owes = self._worker is None or bool(self._outgoing) or not self._reader.idle
+        if not owes:
+            self._waiting_since = None
+        elif self._waiting_since is None:
+            self._waiting_since = time.monotonic()
+
+
+def drop_sent(outgoing: deque[memoryview], sent: int) -> None:
+    """Take the first `sent` bytes off a queue of pieces."""
+    while outgoing and sent >= len(outgoing[0]):
+        sent -= len(outgoing.popleft())
+    if sent:
+        outgoing[0] = outgoing[0][sent:]
