@@ -8,7 +8,7 @@ DEMO   := runs/demo
 SOURCES := manta.py $(shell find ps workers serving -name '*.py')
 TESTS   := $(shell find tests -name '*.py') $(wildcard configs/*.yaml) pyproject.toml
 
-.PHONY: demo test retest parity fast faults check lint types imports format bench bench-kernels install clean
+.PHONY: demo test retest parity fast faults check lint types imports format bench bench-kernels bench-ps install clean
 
 ## demo: make data, train on 2 shards and 2 workers, export, serve, ask one lookup over HTTP
 demo: $(DEMO)/export/LATEST
@@ -38,7 +38,7 @@ retest:
 
 # Tests without Ray run in two processes; those with Ray start processes of their own.
 $(MADE)/tested: $(MADE)/installed-dev $(SOURCES) $(TESTS)
-	$(BIN)/pytest -n 2 --dist loadfile tests/unit tests/parity ps workers serving
+	$(BIN)/pytest -n 2 --dist loadfile tests/unit tests/wire tests/parity ps workers serving
 	$(BIN)/pytest tests/actors tests/faults tests/e2e
 	@touch $@
 
@@ -74,6 +74,10 @@ bench: $(MADE)/installed-dev
 ## bench-kernels: kernels against TensorFlow, torch, FBGEMM and pandas; writes docs/benchmarks.md
 bench-kernels: $(MADE)/installed-bench
 	$(BIN)/python -m benchmarks.kernels
+
+## bench-ps: a step of the data plane against everything else; writes docs/benchmarks-data-plane.md
+bench-ps: $(MADE)/installed-bench
+	$(BIN)/python -m benchmarks.ps --write
 
 ## install: the virtual environment with everything needed to train and serve
 install: $(MADE)/installed

@@ -62,7 +62,7 @@ class Transport(Protocol):
         ...
 
 
-@dataclass(frozen=True, slots=True, eq=False)
+@dataclass(slots=True, eq=False)
 class PulledRows:
     """Rows of one batch, at one version."""
 
@@ -240,7 +240,7 @@ _PULLS_REMEMBERED = 4
 """One more than there are at lookahead 2."""
 
 
-@dataclass(frozen=True, slots=True, eq=False)
+@dataclass(slots=True, eq=False)
 class _Named:
     """The rows that a message names, in its memory."""
 

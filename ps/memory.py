@@ -19,7 +19,7 @@ import numpy.typing as npt
 
 CACHE_LINE = 64
 _MAPPED_BYTES = 1 << 30
-_POOLED_BYTES, _POOL_BYTES = 1 << 24, 1 << 28
+_POOLED_BYTES, _POOL_BYTES = 1 << 20, 1 << 28
 _pool: list[mmap.mmap] = []
 """Memory of big arrays that are gone, at most `_POOL_BYTES`."""
 _MAP_NORESERVE = 0x4000  # of Linux on x86-64 and arm64; `mmap` has it from Python 3.13 on

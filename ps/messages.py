@@ -1,6 +1,7 @@
 """What workers and shards say to each other: one fused message per shard and step.
 
 Arrays are per table, in the order of `EmbeddingSpec.tables`. `ps.wire` says how a message travels.
+Messages are not changed once they are made; that they are not frozen saves microseconds each.
 """
 
 from __future__ import annotations
@@ -15,7 +16,7 @@ LATEST = -1
 """Version of a pull that takes whatever the shard has: async mode."""
 
 
-@dataclass(frozen=True, slots=True, eq=False)
+@dataclass(slots=True, eq=False)
 class Bags:
     """The shard combines: entries of a message's `local_rows` in bags, summed row by row."""
 
@@ -30,7 +31,7 @@ class Bags:
         return self.row_splits.size - 1
 
 
-@dataclass(frozen=True, slots=True, eq=False)
+@dataclass(slots=True, eq=False)
 class Pull:
     """Read rows of every table, and the shard's dense slices, at one exact version."""
 
@@ -46,7 +47,7 @@ class Pull:
     """Arrays that the answer is to be written to, where the transport has them ready."""
 
 
-@dataclass(frozen=True, slots=True, eq=False)
+@dataclass(slots=True, eq=False)
 class Rows:
     """The answer to a `Pull`."""
 
@@ -57,7 +58,7 @@ class Rows:
     state: F32
 
 
-@dataclass(frozen=True, slots=True, eq=False)
+@dataclass(slots=True, eq=False)
 class Push:
     """One worker's gradients of one step."""
 

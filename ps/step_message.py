@@ -3,6 +3,7 @@
 A pull and a push have the same form. Per table there are local rows, ordered by shard, and values:
 the rows to come (pull) or their gradients (push). Each array is in one piece, and a shard's part is
 a span of it; so rows of all shards arrive side by side, in the array that is combined from.
+Nothing here is changed once it is made; that it is not frozen saves microseconds per message.
 """
 
 from __future__ import annotations
@@ -27,7 +28,7 @@ TAIL = 4
 NO_PLACE = -1
 
 
-@dataclass(frozen=True, slots=True, eq=False)
+@dataclass(slots=True, eq=False)
 class BagsByShard:
     """Bags of entries, cut by shard; every shard has all bags, some of them empty."""
 
@@ -42,7 +43,7 @@ class BagsByShard:
         return int(self.row_splits.shape[1]) - 1
 
 
-@dataclass(frozen=True, slots=True, eq=False)
+@dataclass(slots=True, eq=False)
 class TablePart:
     """What a message says of one table."""
 
@@ -56,7 +57,7 @@ class TablePart:
     bags: BagsByShard | None = None
 
 
-@dataclass(frozen=True, slots=True, eq=False)
+@dataclass(slots=True, eq=False)
 class Places:
     """Where the arrays of a table lie in an arena."""
 
@@ -66,7 +67,7 @@ class Places:
     weights: int = NO_PLACE
 
 
-@dataclass(frozen=True, slots=True, eq=False)
+@dataclass(slots=True, eq=False)
 class StepMessage:
     """A pull or a push, for all shards."""
 

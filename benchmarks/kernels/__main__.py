@@ -43,7 +43,8 @@ def main() -> None:
     print_table(console, targets_table(sections))
     if args.write or (args.only == PARTS and not args.tables and not args.quick):
         minutes = (time.time() - options.start) / 60
-        REPORT.write_text(markdown(machine.about(minutes, load), sections))
+        about = machine.about(minutes, load)
+        REPORT.write_text(markdown("Benchmarks of the kernels", about, sections))
         console.print(f"wrote {REPORT}")
 
 

@@ -32,10 +32,10 @@ def about(minutes: float, load: float) -> list[str]:
         "times faster Manta is (the ratio of the medians). A target stands beside the worst of its",
         "cells.",
         "",
-        f"- Machine: {_cpu()}, {os.cpu_count()} cores, {_memory_gib():.0f} GiB, "
-        f"{platform.system()} {platform.release()}, huge pages `{_huge_pages()}`",
+        f"- Machine: {cpu()}, {os.cpu_count()} cores, {memory_gib():.0f} GiB, "
+        f"{platform.system()} {platform.release()}, huge pages `{huge_pages()}`",
         f"- Python {platform.python_version()}, {versions}, {limit.describe()}",
-        f"- Commit {_commit()}, {datetime.now(UTC):%Y-%m-%d}, {minutes:.0f} minutes, at most "
+        f"- Commit {commit()}, {datetime.now(UTC):%Y-%m-%d}, {minutes:.0f} minutes, at most "
         f"{_peak_gib():.1f} GiB; load of the machine before it began: {load:.1f}",
     ]
 
@@ -60,12 +60,14 @@ def huge_percent(address: int) -> float:
     return 100 * sizes["AnonHugePages"] / sizes["Rss"] if inside else 0.0
 
 
-def _cpu() -> str:
+def cpu() -> str:
+    """The processor's name."""
     found = re.search(r"model name\s*:\s*(.+)", _read("/proc/cpuinfo"))
     return found[1] if found else platform.machine()
 
 
-def _memory_gib() -> float:
+def memory_gib() -> float:
+    """Memory of the machine."""
     return os.sysconf("SC_PAGE_SIZE") * os.sysconf("SC_PHYS_PAGES") / 2**30
 
 
@@ -73,7 +75,8 @@ def _peak_gib() -> float:
     return resource.getrusage(resource.RUSAGE_CHILDREN).ru_maxrss / 2**20
 
 
-def _huge_pages() -> str:
+def huge_pages() -> str:
+    """When the system gives huge pages."""
     found = re.search(r"\[(\w+)\]", _read("/sys/kernel/mm/transparent_hugepage/enabled"))
     return found[1] if found else "unknown"
 
@@ -82,7 +85,9 @@ def _read(path: str) -> str:
     return Path(path).read_text() if Path(path).exists() else ""
 
 
-def _commit() -> str:
+def commit() -> str:
+    """What is checked out."""
+
     def git(*args: str) -> str:
         command = ["git", *args]
         return subprocess.run(command, check=True, capture_output=True, text=True).stdout.strip()

@@ -166,9 +166,9 @@ def print_table(console: Console, table: Table) -> None:
     console.print(shown)
 
 
-def markdown(about: Sequence[str], sections: Sequence[Section]) -> str:
+def markdown(title: str, about: Sequence[str], sections: Sequence[Section]) -> str:
     """The whole report."""
-    lines = ["# Benchmarks of the kernels", "", *about, ""]
+    lines = [f"# {title}", "", *about, ""]
     for section in sections:
         lines += [f"## {section.title}", "", section.text, ""]
         for part in section.tables:

@@ -79,6 +79,10 @@ class Connection:
         if self._error is not None:
             raise self._error
 
+    def check_alive(self) -> None:
+        """Raise if the shard is gone, as far as this side can know without waiting."""
+        self.check()
+
     def fail(self, error: MantaError) -> None:
         """From now on everything raises this error."""
         if self._error is None:
@@ -100,6 +104,7 @@ class Connection:
     def close(self) -> None:
         """Close the socket."""
         self.sock.close()
+        self._answers.clear()  # with their memory
 
     def lost(self, reason: str | None) -> ShardLostError:
         """The error of a connection that is gone."""
@@ -142,6 +147,18 @@ class ArenaConnection(Connection):
             self.sock.sendall(memoryview(frame)[sent:])
         except OSError as e:
             raise self.lost(e.strerror) from None
+
+    def check_alive(self) -> None:
+        """See `Connection.check_alive`."""
+        self.check()
+        try:
+            gone = not self.sock.recv(1, socket.MSG_PEEK | socket.MSG_DONTWAIT)
+        except BlockingIOError:
+            return
+        except OSError as e:
+            raise self.lost(e.strerror) from None
+        if gone:
+            raise self.lost("closed by the shard")
 
     def wait(self, answer: Answer, timeout_s: float) -> bool:
         """Read until the answer is there; False if it is not within the time."""

@@ -78,7 +78,7 @@ class Header(NamedTuple):
     """PUSH: 1 if non-trainable values follow."""
 
 
-@dataclass(frozen=True, slots=True, eq=False)
+@dataclass(slots=True, eq=False)
 class Frame:
     """A frame that has arrived whole, its checksum right."""
 

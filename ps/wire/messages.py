@@ -15,6 +15,7 @@ are float32, or 16 bits wide with another `wire_dtype`.
 
 from __future__ import annotations
 
+import struct
 from collections.abc import Sequence
 from dataclasses import dataclass
 from typing import Any, Literal, NamedTuple, Protocol, cast
@@ -149,6 +150,8 @@ class Incoming:
 
     def __init__(self, format: WireFormat, shared: bool) -> None:
         self._format = format
+        self._dims, self._item = format.dims, format.item
+        self._numbers_in = struct.Struct(f"<{format.meta_bytes // 8}q")
         self._shared = shared
         self.segments: list[Segment] = []
         """Of the worker's arena, if it is `shared`."""
@@ -228,10 +231,9 @@ class Incoming:
         return tuple(rows), tuple(bags)
 
     def _values(self, arrays: _Arrays, tables: Sequence[_TableNumbers]) -> tuple[Any, ...]:
-        item = self._format.item
         return tuple(
-            arrays.read(table.values, (table.num_values, dim), item)
-            for table, dim in zip(tables, self._format.dims, strict=True)
+            arrays.read(table.values, (table.num_values, dim), self._item)
+            for table, dim in zip(tables, self._dims, strict=True)
         )
 
     def _numbers(
@@ -242,11 +244,11 @@ class Incoming:
                 f"a {header.kind.name} describes its tables in {len(meta)} bytes, "
                 f"wanted {self._format.meta_bytes}"
             )
-        numbers = np.frombuffer(meta, "<i8").tolist()
-        tail: tuple[int, int, int, int] = tuple(numbers[-TAIL:])
-        most, size, row_bytes = self._format.max_payload_bytes, 0, self._format.item.itemsize
+        numbers = self._numbers_in.unpack(meta)
+        tail: tuple[int, int, int, int] = numbers[-TAIL:]
+        most, size, row_bytes = self._format.max_payload_bytes, 0, self._item.itemsize
         tables = []
-        for i, dim in enumerate(self._format.dims):
+        for i, dim in enumerate(self._dims):
             table = _TableNumbers(*numbers[i * FIELDS : (i + 1) * FIELDS])
             if not (0 <= table.entries <= most and -1 <= table.bags <= most):
                 raise ProtocolError(
@@ -271,7 +273,7 @@ class Incoming:
                 size += 8 * (table.bags + 1)
                 size += 4 * table.entries * (table.weights != NO_PLACE)
             if header.kind == Kind.PUSH:
-                size += table.num_values * dim * self._format.item.itemsize
+                size += table.num_values * dim * self._item.itemsize
         if header.kind == Kind.PUSH:
             size += 4 * (tail[1] + max(0, tail[3]))
         return size

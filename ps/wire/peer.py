@@ -219,7 +219,7 @@ class Peer:
                     payload = rows_payload(self._options.format, rows)
                 elif pull.into is None:
                     write_rows(self._options.format, rows, into)
-            except MantaError as e:  # ours alone, though another's push may have made the version
+            except MantaError as e:  # this worker's affair, not that of whose push made the version
                 self._send([error_frame(frame.header.request, e)])
                 return
             waited = time.monotonic_ns() - came

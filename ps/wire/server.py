@@ -148,6 +148,14 @@ class ShardLoop:
         return Endpoint(self.state.spec.shard_id, host, port, name)
 
     def _run(self) -> None:
+        try:
+            self._serve()
+        except BaseException:
+            _log.exception("shard %d stops", self.state.spec.shard_id)
+        finally:
+            self._close_all()  # workers notice at once
+
+    def _serve(self) -> None:
         next_check = time.monotonic() + _CHECK_DEADLINES_S
         while not self._stopped:
             busy = bool(self._streams or self._calls)
@@ -209,6 +217,8 @@ class ShardLoop:
 
     def _stop(self) -> None:
         self._stopped = True
+
+    def _close_all(self) -> None:
         for peer in list(self._peers.values()):
             self._drop(peer)
         for listener in self._listeners.values():

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import socket
+import time
 from collections import deque
 from collections.abc import Sequence
 from dataclasses import dataclass
@@ -28,6 +29,7 @@ TransportName = Literal["auto", "arena", "tcp"]
 MAX_PUSHES_IN_FLIGHT = 4
 """Steps whose pushes a shard is not done with; a worker waits before it sends more."""
 _CONNECT_TIMEOUT_S = 10.0
+_CHECK_OTHERS_S = 0.5
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -114,12 +116,32 @@ class WireTransport:
 
     def close(self) -> None:
         """Close all connections and give the arena back."""
-        for connection in self._connections:
+        for connection, pushes in zip(self._connections, self._pushes, strict=False):
             connection.close()
+            pushes.clear()  # with their memory
         if self._loop is not None:
             self._loop.close()
         if self._arena is not None:
             self._arena.close()
+
+    def wait(
+        self, connection: ArenaConnection | TcpConnection, answer: Answer, timeout_s: float
+    ) -> bool:
+        """Wait for an answer; False if it is not there within the time.
+
+        Raises:
+            MantaError: what went wrong on this connection, or on another one: a shard that waits
+                for another worker may never answer if that worker's shard is gone.
+        """
+        deadline = time.monotonic() + timeout_s
+        while not connection.wait(answer, min(timeout_s, _CHECK_OTHERS_S)):
+            for other in self._connections:
+                other.check_alive()
+            timeout_s = deadline - time.monotonic()
+            if timeout_s <= 0:
+                return False
+        connection.check()  # the error of a push may have come along with the answer
+        return True
 
     def forget_done(self, shard: int) -> None:
         """Let go of the pushes that a shard is done with."""
@@ -145,7 +167,7 @@ class WireTransport:
     def _wait_flushed(
         self, connection: ArenaConnection | TcpConnection, answer: Answer, timeout_s: float
     ) -> None:
-        if not connection.wait(answer, timeout_s):
+        if not self.wait(connection, answer, timeout_s):
             raise JobError(
                 f"shard {answer.shard} has not applied the gradients of this worker within "
                 f"{timeout_s:g} s: another worker is slow or stuck"
@@ -231,7 +253,7 @@ class PendingAnswer:
             MantaError: what the shard raised, or `ShardLostError`.
         """
         shard = self._answer.shard
-        if not self._connection.wait(self._answer, timeout_s):
+        if not self._transport.wait(self._connection, self._answer, timeout_s):
             raise JobError(
                 f"shard {shard} has not answered the pull of version {self._version} within "
                 f"{timeout_s:g} s: another worker is slow or stuck"

@@ -15,7 +15,7 @@ from ps.client import ShardClient
 from ps.custom_optimizer import CustomOptimizer
 from ps.dense_variables import DenseValues
 from ps.errors import ConfigError
-from ps.group import RayTransport, ShardGroup
+from ps.group import ShardGroup
 from ps.ragged import F32
 from ps.shard import ShardSpec
 from tests.support.goldens import (
@@ -43,7 +43,8 @@ def started(spec: ShardSpec, name: str) -> Iterator[tuple[ShardGroup, list[Shard
         group.wait_ready(120.0)
         dense = DenseValues(trainable=DENSE, slots={}, state=np.zeros(0, dtype=np.float32))
         layout = group.set_dense(dense)
-        transports = [RayTransport(group.handles) for _ in range(spec.num_workers)]
+        access = group.access()
+        transports = [access.connect(w, "auto", False, 60.0) for w in range(spec.num_workers)]
         yield (
             group,
             [ShardClient(spec.embedding, layout, t, w) for w, t in enumerate(transports)],
