@@ -138,9 +138,9 @@ class ShardClient:
         self._transport = transport
         self._worker = worker
         self._format = format or WireFormat(tuple(table.dim for table in spec.tables))
-        self._pulled: dict[int, dict[int, _Named]] = {}
+        self._pulled: dict[int, tuple[dict[int, _Named], Block | None]] = {}
         """What the last pulls named, by step, and by identity of its `DistinctRows`: a push of the
-        same rows points to the same memory."""
+        same rows points to the same memory. And the pull's block, with room for dense gradients."""
         self._lent: dict[int, tuple[int, F32]] = {}
         """Arrays from `gradients` and their places, by address; kept, so that no other array gets
         the address."""
@@ -153,7 +153,7 @@ class ShardClient:
         shapes = [self._values_shape(d, k) for d, k in zip(wanted, self._format.dims, strict=True)]
         item = self._format.item
         num_dense, num_state = self.layout.dense_splits[-1], self.layout.state_splits[-1]
-        size = room(4 * num_dense) + room(4 * num_state)
+        size = 2 * (room(4 * num_dense) + room(4 * num_state))  # and for the push's
         size += sum(_room_for_names(d) for d in wanted)
         size += sum(room(item.itemsize * math.prod(shape)) for shape in shapes)
         block = self._transport.memory.block(size)
@@ -167,7 +167,7 @@ class ShardClient:
         state, state_place = block.take((num_state,), np.float32)
         message = StepMessage(self._worker, step, version, tables, self.layout, dense, state,
                               places, dense_place, state_place)  # fmt: skip
-        self._remember(step, named)
+        self._remember(step, named, block)
         return PendingPull(self.spec, message, self._transport.pull(message), self._format)
 
     def gradients(self, shape: tuple[int, ...]) -> F32:
@@ -192,16 +192,18 @@ class ShardClient:
         [bags, D]. Returns what was sent.
         """
         assert dense_grad.size == self.layout.dense_splits[-1], "one gradient per dense value"
-        named = self._pulled.pop(step, {})
+        named, block = self._pulled.pop(step, ({}, None))
         pushed = [distinct[table.name] for table in self.spec.tables]
         new = [d for d in pushed if id(d) not in named]
         values = [self._format.narrowed(grads[table.name]) for table in self.spec.tables]
         lent = [self._lent_place(v) for v in values]
         copied = [v for v, place in zip(values, lent, strict=True) if place is None]
-        vectors = [dense_grad] if state is None else [dense_grad, state]
-        size = sum(_room_for_names(d) for d in new)
-        size += sum(room(v.nbytes) for v in (*copied, *vectors))
-        block = self._transport.memory.block(size)
+        if new or copied or block is None:
+            size = sum(_room_for_names(d) for d in new) + room(dense_grad.nbytes)
+            size += sum(room(v.nbytes) for v in copied) + (
+                0 if state is None else room(state.nbytes)
+            )
+            block = self._transport.memory.block(size)
         named |= {id(d): _named(block, d) for d in new}
         tables, places = [], []
         for d, array, known in zip(pushed, values, lent, strict=True):
@@ -230,8 +232,8 @@ class ShardClient:
             return (self.layout.num_shards, d.bags.count, dim)
         return (d.local_rows.size, dim)
 
-    def _remember(self, step: int, named: dict[int, _Named]) -> None:
-        self._pulled[step] = named
+    def _remember(self, step: int, named: dict[int, _Named], block: Block) -> None:
+        self._pulled[step] = named, block
         while len(self._pulled) > _PULLS_REMEMBERED:
             del self._pulled[next(iter(self._pulled))]
 

@@ -69,6 +69,7 @@ class ShardGroup:
         resources: Mapping[str, float],
         name: str,
         wire_dtype: WireDtype = "float32",
+        pin: bool = False,
     ) -> None:
         """Create the actors; `spec.shard_id` is ignored, `resources` are per shard."""
         self.spec = spec
@@ -78,6 +79,7 @@ class ShardGroup:
             fingerprint=_fingerprint(spec, format),
             format=format,
             host="127.0.0.1" if num_nodes() == 1 else NODE_ADDRESS,
+            pin=pin and spec.threads == 1,
         )
         self._options = options
         self.embedding: EmbeddingSpec = spec.embedding

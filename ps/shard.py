@@ -87,6 +87,8 @@ class ShardState:
         self._state = np.zeros(0, dtype=np.float32)
         self._next_step = [0] * spec.num_workers
         self._pushes: defaultdict[int, dict[int, Push]] = defaultdict(dict)
+        self._fixed_rates: list[list[float]] | None = None
+        """Rates of all stores, once they are known not to change."""
         self._waiting: list[tuple[Pull, Reply]] = []
         self._flushes: list[tuple[int, int, Callable[[int], None]]] = []
         self._rows_pulled = self._rows_pushed = self._duplicates = 0
@@ -425,6 +427,8 @@ class ShardState:
 
     def _rates(self, stores: Sequence[RowStore | FlatStore], step: int) -> list[list[float]]:
         """The rates of each; a callable is called once a step, however many share it."""
+        if self._fixed_rates is not None:
+            return self._fixed_rates
         known: list[tuple[Rate, float]] = []
 
         def value_of(rate: Rate) -> float:
@@ -434,7 +438,10 @@ class ShardState:
             known.append((rate, evaluate_rate(rate, step)))
             return known[-1][1]
 
-        return [[value_of(rate) for rate in store.optimizer.rates] for store in stores]
+        rates = [[value_of(rate) for rate in store.optimizer.rates] for store in stores]
+        if not any(callable(rate) for rate, _ in known):
+            self._fixed_rates = rates
+        return rates
 
     def _reduce(self, indices: list[I64], grads: list[F32], accumulate: bool) -> tuple[I64, F32]:
         """One gradient per row (or per contribution), summed in worker-rank order."""

@@ -26,6 +26,8 @@ TAIL = 4
 """After the tables: place and size of the dense values, place and size of the non-trainable ones
 (-1 for none)."""
 NO_PLACE = -1
+_FEW = 8
+"""Parts (of a table, on a shard) up to which Python's numbers are quicker than arrays."""
 
 
 @dataclass(slots=True, eq=False)
@@ -142,6 +144,8 @@ class StepMessage:
     def descriptions(self) -> I64:
         """int64 [num_shards, tables · FIELDS + TAIL], with places; see `FIELDS` and `TAIL`."""
         shards, tables = self.layout.num_shards, self.tables
+        if shards * len(tables) <= _FEW and all(table.bags is None for table in tables):
+            return np.array([self._description(k) for k in range(shards)], dtype=np.int64)
         out = np.full((shards, len(tables) * FIELDS + TAIL), NO_PLACE, dtype=np.int64)
         of_tables = out[:, :-TAIL].reshape(shards, len(tables), FIELDS)
         splits_KT = np.array([t.shard_splits for t in tables], dtype=np.int64)
@@ -159,6 +163,22 @@ class StepMessage:
             if self.state is not None:
                 out[k, -2:] = _place_and_size(self.state_place, self.layout.state_splits, k)
         return out
+
+    def _description(self, k: int) -> list[int]:
+        """One shard's numbers, of tables without bags: of few, this is quicker than NumPy."""
+        numbers: list[int] = []
+        for table, places in zip(self.tables, self.places, strict=True):
+            start, stop = table.shard_splits[k : k + 2].tolist()
+            row_bytes = table.values.shape[-1] * table.values.itemsize
+            numbers += (
+                stop - start, -1, places.local_rows + 8 * start, NO_PLACE, NO_PLACE,
+                places.values + row_bytes * start,
+            )  # fmt: skip
+        numbers += _place_and_size(self.dense_place, self.layout.dense_splits, k)
+        if self.state is None:
+            return [*numbers, NO_PLACE, NO_PLACE]
+        numbers += _place_and_size(self.state_place, self.layout.state_splits, k)
+        return numbers
 
     def _bags_description(self, table: TablePart, places: Places) -> I64:
         assert table.bags is not None

@@ -226,6 +226,9 @@ class ClusterConfig:
     transport: TransportName = "auto"
     """How steps reach shards: `auto` takes shared memory on the same host and TCP to others;
     `arena` and `tcp` insist on one of them."""
+    pin_shards: bool = True
+    """Whether each shard keeps to one CPU of its host that no other shard keeps to, as long as
+    there are some; shards of several threads never do."""
     start_timeout_s: float = 180.0
     step_timeout_s: float = 300.0
 

@@ -137,6 +137,7 @@ class Run:
             job.cluster.shard_resources,
             job.name,
             job.train.wire_dtype,
+            job.cluster.pin_shards,
         )
 
     def start(self) -> None:

@@ -43,7 +43,6 @@ if TYPE_CHECKING:  # imports TensorFlow, which only a worker's own process needs
     from workers.dense import DenseStep
 
 
-
 @dataclass(frozen=True, slots=True, kw_only=True)
 class StepOptions:
     """How a worker steps; the fields of a job's configuration that it needs."""

@@ -157,7 +157,7 @@ def _shard(
     warm_up(spec)
     state = make_state(spec)
     state.set_dense(_NOTHING, _NOTHING)
-    options = ServerOptions(token=token, fingerprint=_FINGERPRINT, format=_FORMAT)
+    options = ServerOptions(token=token, fingerprint=_FINGERPRINT, format=_FORMAT, pin=True)
     loop = ShardLoop(state, options)
     pipe.send(loop.endpoint)
     wait_for_end(pipe)

@@ -15,9 +15,9 @@ from __future__ import annotations
 import fcntl
 import mmap
 import os
-import weakref
 from collections import defaultdict
 from collections.abc import Callable
+from functools import partial
 from typing import Any, Protocol
 
 import numpy as np
@@ -120,6 +120,16 @@ def room(size: int) -> int:
     return -(-size // CACHE_LINE) * CACHE_LINE
 
 
+class _Lease(np.ndarray[Any, np.dtype[np.uint8]]):
+    """The memory of a block; `weakref.finalize` would cost five times as much."""
+
+    give_back: Callable[[], None] | None = None
+
+    def __del__(self) -> None:
+        if self.give_back is not None:
+            self.give_back()
+
+
 class Arena:
     """A worker's segments, and the blocks in use."""
 
@@ -144,8 +154,10 @@ class Arena:
         segment, offset = free.pop() if free else self._carved(size)
         # NumPy follows the bases of views down to this very array, so that it lives as long as any
         # array on the block.
-        memory = np.frombuffer(self._segments[segment].pages, np.uint8, size, offset)
-        weakref.finalize(memory, free.append, (segment, offset)).atexit = False
+        memory: _Lease = np.ndarray.__new__(
+            _Lease, (size,), np.uint8, self._segments[segment].pages, offset
+        )
+        memory.give_back = partial(free.append, (segment, offset))
         return Block(memory, place(segment, offset))
 
     def _carved(self, size: int) -> tuple[int, int]:

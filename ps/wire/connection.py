@@ -20,7 +20,17 @@ from dataclasses import dataclass, field
 
 from ps import errors
 from ps.errors import JobError, MantaError, ProtocolError, ShardLostError
-from ps.wire.frames import Buffer, Frame, FrameReader, Header, Kind, encode
+from ps.wire.frames import (
+    HEADER_BYTES,
+    MAX_ERROR_BYTES,
+    Buffer,
+    Frame,
+    FrameReader,
+    Header,
+    Kind,
+    decode_packet,
+    encode,
+)
 from ps.wire.handshake import check_welcome, hello, new_nonce
 from ps.wire.peer import MAX_PIECES, drop_sent
 
@@ -126,12 +136,20 @@ class Connection:
 class ArenaConnection(Connection):
     """Doorbells over a Unix socket."""
 
+    def __init__(self, sock: socket.socket, shard: int) -> None:
+        super().__init__(sock, shard)
+        self._packet = memoryview(bytearray(HEADER_BYTES + MAX_ERROR_BYTES))
+        # A thread that blocks in `recv` is also woken each time the shard takes one of its
+        # messages, for then there is room to send; one that polls for input is not.
+        self._answers_come = select.poll()
+        self._answers_come.register(sock.fileno(), select.POLLIN)
+
     def send(self, pieces: Sequence[Buffer]) -> None:
         """Send a frame of one piece; it is small, and the shard always reads."""
         self.check()
         (frame,) = pieces
         try:
-            self.sock.sendall(frame)
+            self.sock.send(frame)  # a packet goes as a whole
         except BlockingIOError:
             raise self.lost(f"takes no messages for {_SEND_TIMEOUT_S:g} s") from None
         except OSError as e:
@@ -143,8 +161,7 @@ class ArenaConnection(Connection):
         frame = encode(Header(Kind.ARENA, version=number, aux=size))
         fds = [(socket.SOL_SOCKET, socket.SCM_RIGHTS, array.array("i", [fd]))]
         try:
-            sent = self.sock.sendmsg([frame], fds)
-            self.sock.sendall(memoryview(frame)[sent:])
+            self.sock.sendmsg([frame], fds)
         except OSError as e:
             raise self.lost(e.strerror) from None
 
@@ -176,19 +193,17 @@ class ArenaConnection(Connection):
 
     def _read_frame(self) -> None:
         """Block for one frame; `BlockingIOError` after `_CHECK_EVERY_S` without any."""
-        while True:
-            try:
-                count = self.sock.recv_into(self._reader.wanted)
-            except BlockingIOError:
-                raise
-            except OSError as e:
-                raise self.lost(e.strerror) from None
-            if count == 0:
-                raise self.lost("closed by the shard")
-            frame = self._reader.received(count)
-            if frame is not None:
-                self.on_frame(frame)
-                return
+        if not self._answers_come.poll(1000 * _CHECK_EVERY_S):
+            raise BlockingIOError
+        try:
+            count = self.sock.recv_into(self._packet)
+        except BlockingIOError:
+            raise
+        except OSError as e:
+            raise self.lost(e.strerror) from None
+        if count == 0:
+            raise self.lost("closed by the shard")
+        self.on_frame(decode_packet(self._packet[:count]))
 
     def _take_what_came(self) -> None:
         """A shard may say why it closes the connection before it does."""
@@ -381,10 +396,11 @@ def shake_hands(sock: socket.socket, credentials: Credentials, shard: int) -> No
 
 
 def _next_frame(sock: socket.socket, reader: FrameReader, shard: int) -> Frame:
+    packet = memoryview(bytearray(HEADER_BYTES + MAX_ERROR_BYTES))
     deadline = time.monotonic() + _HANDSHAKE_TIMEOUT_S
     while True:
         try:
-            count = sock.recv_into(reader.wanted)
+            count = sock.recv_into(packet if sock.family == socket.AF_UNIX else reader.wanted)
         except BlockingIOError:  # the shard is busy
             if time.monotonic() < deadline:
                 continue
@@ -395,6 +411,8 @@ def _next_frame(sock: socket.socket, reader: FrameReader, shard: int) -> Frame:
             raise ShardLostError(f"shard {shard}: no handshake: {e.strerror or e}") from None
         if count == 0:
             raise ShardLostError(f"shard {shard}: closed the connection in the handshake")
+        if sock.family == socket.AF_UNIX:
+            return decode_packet(packet[:count])
         frame = reader.received(count)
         if frame is not None:
             return frame

@@ -25,6 +25,7 @@ MAGIC = b"MNTA"
 PROTOCOL = 1
 HEADER_BYTES = 64
 MAX_META_BYTES = 1 << 20
+MAX_ERROR_BYTES = 1 << 12
 
 _HEADER = struct.Struct("<4sBBHIIQQqqQQ")
 _CHECKED_BYTES = 56
@@ -125,8 +126,10 @@ def seal(frame: bytearray, payload: Sequence[Buffer] = ()) -> None:
 
 
 def _digest(header: Buffer, meta: Buffer, payload: Sequence[Buffer]) -> int:
-    state = xxhash.xxh3_64(memoryview(header)[:_CHECKED_BYTES])
-    state.update(meta)
+    start = bytes(header[:_CHECKED_BYTES]) + meta
+    if not payload:
+        return xxhash.xxh3_64_intdigest(start)
+    state = xxhash.xxh3_64(start)
     for part in payload:
         state.update(part)
     return state.intdigest()
@@ -232,18 +235,39 @@ class FrameReader:
         return places
 
     def _whole(self, header: Header) -> Frame:
-        digest = _digest(self._head, self._meta, self._payload)
-        if digest != self._checksum:
-            raise ProtocolError(
-                f"frame of kind {header.kind.name}: checksum {digest:#018x}, "
-                f"its header says {self._checksum:#018x}"
-            )
+        _check(header, self._checksum, _digest(self._head, self._meta, self._payload))
         frame = Frame(header, self._meta, self._payload)
         self._start()
         return frame
 
 
+def decode_packet(packet: memoryview, max_meta_bytes: int = MAX_META_BYTES) -> Frame:
+    """The frame that a packet of a Unix socket is: whole, and without a payload.
+
+    Raises:
+        ProtocolError: it is something else, or damaged.
+    """
+    if len(packet) < HEADER_BYTES:
+        raise ProtocolError(f"a packet of {len(packet)} bytes, wanted at least {HEADER_BYTES}")
+    header, checksum = decode_header(packet[:HEADER_BYTES], 0, max_meta_bytes)
+    meta = packet[HEADER_BYTES:]
+    if len(meta) != header.meta_bytes:
+        raise ProtocolError(
+            f"a packet with a meta part of {len(meta)} bytes, its header says {header.meta_bytes}"
+        )
+    _check(header, checksum, _digest(packet, meta, ()))
+    return Frame(header, bytes(meta), ())
+
+
+def _check(header: Header, checksum: int, digest: int) -> None:
+    if digest != checksum:
+        raise ProtocolError(
+            f"frame of kind {header.kind.name}: checksum {digest:#018x}, "
+            f"its header says {checksum:#018x}"
+        )
+
+
 def error_frame(request: int, error: Exception, done_step: int = 0) -> bytearray:
     """What tells a worker that its request failed."""
-    text = f"{type(error).__name__}\n{error}".encode()[:4096]
+    text = f"{type(error).__name__}\n{error}".encode()[:MAX_ERROR_BYTES]
     return encode(Header(Kind.ERROR, request=request, step=done_step), text)

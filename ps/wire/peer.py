@@ -22,6 +22,7 @@ from ps.wire.frames import (
     FrameReader,
     Header,
     Kind,
+    decode_packet,
     encode,
     error_frame,
 )
@@ -38,7 +39,8 @@ MAX_QUEUED = 4
 MAX_PIECES = 1000
 """Buffers in one `sendmsg`; Linux takes 1024."""
 _FD_BYTES = socket.CMSG_SPACE(4)
-_TRUNCATED = int(socket.MSG_CTRUNC)  # as a plain number: this is asked for every frame
+_TRUNCATED = int(socket.MSG_CTRUNC | socket.MSG_TRUNC)  # a plain number: every frame asks for it
+_NOT_YET = Frame(Header(Kind.FLUSH), b"", ())
 
 
 class Peer:
@@ -62,6 +64,8 @@ class Peer:
         self._watch = watch
         self._incoming = Incoming(options.format, self._shared)
         self._reader = FrameReader(self._incoming.place, 0, HELLO_META_BYTES)
+        room = HEADER_BYTES + max(HELLO_META_BYTES, options.format.meta_bytes)
+        self._packet = memoryview(bytearray(room if self._shared else 0))
         self._outgoing: deque[memoryview] = deque()
         self._fds: list[int] = []
         self._nonce = new_nonce()
@@ -116,36 +120,46 @@ class Peer:
         return True
 
     def _read(self) -> bool:
+        try:
+            frame = self._read_packet() if self._shared else self._read_stream()
+        except OSError:
+            return False
+        if frame is None:
+            return False
+        if frame is not _NOT_YET:
+            self._on_frame(frame)
+        self._note_debt()
+        return True
+
+    def _read_stream(self) -> Frame | None:
+        """A frame if it is whole by now; None at the end of the stream."""
         while True:
             try:
-                count = self._receive(self._reader.wanted)
+                count = self._sock.recv_into(self._reader.wanted)
             except BlockingIOError:
-                break
-            except OSError:
-                return False
+                return _NOT_YET
             if count == 0:
-                return False
+                return None
             if self._worker is not None and not self._outgoing:
                 self._waiting_since = None  # it goes on
             frame = self._reader.received(count)
             if frame is not None:
-                self._on_frame(frame)
-                break
-        self._note_debt()
-        return True
+                return frame
 
-    def _receive(self, wanted: memoryview) -> int:
-        if not self._shared or self._worker is None or len(wanted) != HEADER_BYTES:
-            return self._sock.recv_into(wanted)
-        count, control, flags, _ = self._sock.recvmsg_into([wanted], _FD_BYTES)
+    def _read_packet(self) -> Frame | None:
+        """A frame that is one packet, with the descriptors that came along."""
+        try:
+            count, control, flags, _ = self._sock.recvmsg_into([self._packet], _FD_BYTES)
+        except BlockingIOError:
+            return _NOT_YET
         for level, kind, data in control:
             if (level, kind) == (socket.SOL_SOCKET, socket.SCM_RIGHTS):
                 fds = array.array("i")
                 fds.frombytes(data[: len(data) - len(data) % fds.itemsize])
                 self._fds.extend(fds)
-        if flags & _TRUNCATED or len(self._fds) > 1:
-            raise ProtocolError("more than one file descriptor with a frame")
-        return count
+        if flags & _TRUNCATED or len(self._fds) > (self._worker is not None):
+            raise ProtocolError("a packet that is too long, or with descriptors it should not have")
+        return decode_packet(self._packet[:count]) if count else None
 
     def _on_frame(self, frame: Frame) -> None:
         kind = frame.header.kind
@@ -249,7 +263,7 @@ class Peer:
         self._send([encode(header, b"", payload), *payload])
 
     def _send(self, pieces: Sequence[Buffer]) -> None:
-        if self._closed:
+        if self._closed or (self._shared and self._sent_at_once(pieces)):
             return
         idle = not self._outgoing
         self._queued += 1
@@ -258,10 +272,23 @@ class Peer:
             self._flush()
         self._watch_what_matters()
 
+    def _sent_at_once(self, pieces: Sequence[Buffer]) -> bool:
+        """Send a packet that nothing waits before; nearly all go this way."""
+        if self._outgoing:
+            return False
+        try:
+            self._sock.send(pieces[0])
+        except BlockingIOError:
+            return False
+        except OSError:  # gone: reading will say so
+            pass
+        return True
+
     def _flush(self) -> None:
         """Send what the socket takes."""
         while self._outgoing:
-            pieces = [self._outgoing[i] for i in range(min(len(self._outgoing), MAX_PIECES))]
+            most = 1 if self._shared else MAX_PIECES  # a packet holds one frame
+            pieces = [self._outgoing[i] for i in range(min(len(self._outgoing), most))]
             try:
                 sent = self._sock.sendmsg(pieces)
             except BlockingIOError:

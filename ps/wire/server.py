@@ -23,6 +23,7 @@ from dataclasses import dataclass, field
 from typing import TypeVar
 
 from ps.shard import ShardState
+from ps.wire.cpu import claim_cpu
 from ps.wire.messages import WireFormat
 from ps.wire.peer import Peer
 
@@ -57,6 +58,8 @@ class ServerOptions:
     """Address to listen on for TCP."""
     deadline_s: float = 30.0
     """For a peer to say who it is, to finish a frame, and to read its answers."""
+    pin: bool = False
+    """Whether the shard's thread keeps to one CPU, of which no other shard is."""
 
 
 class ShardLoop:
@@ -136,7 +139,7 @@ class ShardLoop:
         listeners, name = [tcp], ""
         if hasattr(os, "memfd_create"):
             name = f"manta-{secrets.token_hex(16)}"
-            unix = socket.socket(socket.AF_UNIX, socket.SOCK_STREAM)
+            unix = socket.socket(socket.AF_UNIX, socket.SOCK_SEQPACKET)
             unix.bind(f"\0{name}")
             unix.listen(_BACKLOG)
             listeners.append(unix)
@@ -148,12 +151,15 @@ class ShardLoop:
         return Endpoint(self.state.spec.shard_id, host, port, name)
 
     def _run(self) -> None:
+        cpu = claim_cpu() if self.options.pin else None
         try:
             self._serve()
         except BaseException:
             _log.exception("shard %d stops", self.state.spec.shard_id)
         finally:
             self._close_all()  # workers notice at once
+            if cpu is not None:
+                cpu.release()
 
     def _serve(self) -> None:
         next_check = time.monotonic() + _CHECK_DEADLINES_S

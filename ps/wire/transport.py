@@ -185,18 +185,20 @@ class WireTransport:
         connection.send([frame, *payload])
 
     def _connected(self, endpoint: Endpoint) -> ArenaConnection | TcpConnection:
-        name = self._options.name
+        name, reason = self._options.name, "this system, or the shard's, has no memfd"
         if name != "tcp" and available() and endpoint.unix_name:
-            sock = socket.socket(socket.AF_UNIX, socket.SOCK_STREAM)
+            sock = socket.socket(socket.AF_UNIX, socket.SOCK_SEQPACKET)
             try:
                 sock.connect(f"\0{endpoint.unix_name}")
-            except OSError:  # such a name exists on the shard's own host only
+            except OSError as e:  # such a name exists on the shard's own host only
                 sock.close()
+                reason = e.strerror
             else:
                 return self._sharing(sock, endpoint.shard)
         if name == "arena":
             raise JobError(
-                f"transport arena: shard {endpoint.shard} at {endpoint.host} is on another host"
+                f"transport arena: shard {endpoint.shard} at {endpoint.host} shares no memory with "
+                f"this host: {reason}"
             )
         return self._over_tcp(endpoint)
 

@@ -15,7 +15,7 @@ from ps.messages import Bags, Pull, Push, Rows
 from ps.partition import DistinctRows
 from ps.ragged import F32
 from ps.step_message import FIELDS, NO_PLACE, TAIL
-from ps.wire.frames import Buffer, Frame, FrameReader, Header, Kind, encode
+from ps.wire.frames import Buffer, Frame, FrameReader, Header, Kind, decode_packet, encode
 from ps.wire.handshake import check_welcome, hello, new_nonce
 from ps.wire.server import Endpoint
 from tests.support.wire import FINGERPRINT, TIMEOUT_S, TOKEN, Job, any_bits, floats, num_gradients
@@ -115,7 +115,7 @@ class RawPeer:
         if kind == "tcp":
             self.sock = socket.create_connection((endpoint.host, endpoint.port), timeout_s)
         else:
-            self.sock = socket.socket(socket.AF_UNIX, socket.SOCK_STREAM)
+            self.sock = socket.socket(socket.AF_UNIX, socket.SOCK_SEQPACKET)
             self.sock.settimeout(timeout_s)
             self.sock.connect(f"\0{endpoint.unix_name}")
         self.endpoint = endpoint
@@ -130,12 +130,16 @@ class RawPeer:
     def read(self) -> Frame | None:
         """The next frame; None if the connection is closed."""
         while True:
+            packets = self.sock.family == socket.AF_UNIX
+            packet = memoryview(bytearray(1 << 16))
             try:
-                count = self.sock.recv_into(self.frames.wanted)
+                count = self.sock.recv_into(packet if packets else self.frames.wanted)
             except ConnectionError:
                 return None
             if count == 0:
                 return None
+            if packets:
+                return decode_packet(packet[:count])
             if (frame := self.frames.received(count)) is not None:
                 return frame
 
