@@ -11,7 +11,7 @@ from multiprocessing.connection import Connection
 import numpy as np
 
 from benchmarks.ps.contenders import Gradients
-from benchmarks.ps.processes import Child, wait_for_end
+from benchmarks.ps.processes import Child, keep_to_cpu, wait_for_end
 from benchmarks.ps.table import DIM, LAYOUT, NAME, SHARDS, SPEC, Batch, Store, local_rows
 from ps.client import ShardClient
 from ps.memory import empty
@@ -147,6 +147,7 @@ class IdleTcp(Tcp):
 def _shard(
     pipe: Connection, shard: int, token: bytes, make_state: Callable[[ShardSpec], ShardState]
 ) -> None:
+    keep_to_cpu(shard)
     spec = ShardSpec(
         shard_id=shard,
         num_shards=SHARDS,
@@ -157,7 +158,7 @@ def _shard(
     warm_up(spec)
     state = make_state(spec)
     state.set_dense(_NOTHING, _NOTHING)
-    options = ServerOptions(token=token, fingerprint=_FINGERPRINT, format=_FORMAT, pin=True)
+    options = ServerOptions(token=token, fingerprint=_FINGERPRINT, format=_FORMAT)
     loop = ShardLoop(state, options)
     pipe.send(loop.endpoint)
     wait_for_end(pipe)

@@ -11,7 +11,7 @@ from multiprocessing.connection import Connection
 import numpy as np
 
 from benchmarks.ps.contenders import Gradients
-from benchmarks.ps.processes import Child
+from benchmarks.ps.processes import Child, keep_to_cpu
 from benchmarks.ps.table import DIM, SHARDS, Batch, most_rows
 from ps.memory import empty
 from ps.ragged import F32, I64
@@ -26,7 +26,7 @@ class Sockets:
 
     def __init__(self, batches: Batches) -> None:
         self._most = max(map(most_rows, batches.values()))
-        self._servers = [Child(_serve, self._most) for _ in range(SHARDS)]
+        self._servers = [Child(_serve, self._most, shard) for shard in range(SHARDS)]
         self._sockets = [
             socket.create_connection(("127.0.0.1", server.receive())) for server in self._servers
         ]
@@ -114,7 +114,8 @@ def _fill(sock: socket.socket, place: memoryview) -> None:
         place = place[count:]
 
 
-def _serve(pipe: Connection, most: int) -> None:
+def _serve(pipe: Connection, most: int, shard: int) -> None:
+    keep_to_cpu(shard)
     listener = socket.create_server(("127.0.0.1", 0))
     pipe.send(listener.getsockname()[1])
     sock, _ = listener.accept()

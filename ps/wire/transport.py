@@ -192,7 +192,7 @@ class WireTransport:
                 sock.connect(f"\0{endpoint.unix_name}")
             except OSError as e:  # such a name exists on the shard's own host only
                 sock.close()
-                reason = e.strerror
+                reason = str(e.strerror)
             else:
                 return self._sharing(sock, endpoint.shard)
         if name == "arena":
