@@ -152,6 +152,9 @@ class Incoming:
         self._format = format
         self._dims, self._item = format.dims, format.item
         self._numbers_in = struct.Struct(f"<{format.meta_bytes // 8}q")
+        self._meta: bytes | None = None
+        """The meta part that was parsed last: a frame's is looked at several times."""
+        self._parsed: tuple[list[_TableNumbers], tuple[int, int, int, int]] = ([], (0, 0, 0, 0))
         self._shared = shared
         self.segments: list[Segment] = []
         """Of the worker's arena, if it is `shared`."""
@@ -160,10 +163,11 @@ class Incoming:
         """Memory for a payload: see `ps.wire.frames.Place`."""
         if self._shared or header.kind not in (Kind.PULL, Kind.PUSH):
             raise ProtocolError(f"a {header.kind.name} with a payload, which it has not here")
-        if self._payload_bytes(header, meta) != header.payload_bytes:
+        size = self._payload_bytes(header, meta)
+        if size != header.payload_bytes:
             raise ProtocolError(
                 f"a {header.kind.name} with a payload of {header.payload_bytes} bytes, its "
-                f"description makes {self._payload_bytes(header, meta)}"
+                f"description makes {size}"
             )
         return [memoryview(cast("Any", empty((header.payload_bytes,), np.uint8)))]
 
@@ -207,8 +211,8 @@ class Incoming:
     def _arrays(self, frame: Frame) -> _Arrays:
         if self._shared:
             return _Shared(self.segments)
-        size = self._payload_bytes(frame.header, frame.meta)
-        if size != frame.header.payload_bytes:
+        header = frame.header  # `place` has looked at payloads that there are
+        if not header.payload_bytes and (size := self._payload_bytes(header, frame.meta)):
             raise ProtocolError(f"a {frame.header.kind.name} without its payload of {size} bytes")
         return _Inline(frame.payload)
 
@@ -239,6 +243,8 @@ class Incoming:
     def _numbers(
         self, header: Header, meta: bytes
     ) -> tuple[list[_TableNumbers], tuple[int, int, int, int]]:
+        if meta is self._meta:
+            return self._parsed
         if len(meta) != self._format.meta_bytes:
             raise ProtocolError(
                 f"a {header.kind.name} describes its tables in {len(meta)} bytes, "
@@ -262,7 +268,8 @@ class Incoming:
             raise ProtocolError(
                 f"a {header.kind.name} of {size} bytes of rows, at most {most} are taken"
             )
-        return tables, tail
+        self._meta, self._parsed = meta, (tables, tail)
+        return self._parsed
 
     def _payload_bytes(self, header: Header, meta: bytes) -> int:
         tables, tail = self._numbers(header, meta)

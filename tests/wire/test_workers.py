@@ -293,7 +293,10 @@ def test_a_killed_worker_leaves_no_memory_behind() -> None:
         with connected(JOB, endpoints) as (again, _):
             push_of(again, JOB, 0)
             push_of(again, JOB, 1)
-        assert [shard.stats().duplicates_dropped for shard in shards] == [1, 1]
+        wait_until(
+            lambda: [shard.stats().duplicates_dropped for shard in shards] == [1, 1],
+            "each shard has seen the step again",
+        )
 
 
 def test_a_killed_shard_leaves_no_memory_in_the_worker() -> None:
