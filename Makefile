@@ -75,9 +75,12 @@ bench: $(MADE)/installed-dev
 bench-kernels: $(MADE)/installed-bench
 	$(BIN)/python -m benchmarks.kernels
 
-## bench-ps: a step of the data plane against everything else; writes docs/benchmarks-data-plane.md
+## bench-ps: the data plane against Ray, TensorFlow, torch and sockets, a DLRM, and what clusters would
+## take; writes docs/benchmarks-data-plane.md, docs/benchmarks-dlrm.md and docs/scaling.md
 bench-ps: $(MADE)/installed-bench
 	$(BIN)/python -m benchmarks.ps --write
+	$(BIN)/python -m benchmarks.dlrm --write
+	$(BIN)/python -m benchmarks.scaling --write
 
 ## install: the virtual environment with everything needed to train and serve
 install: $(MADE)/installed

@@ -2,8 +2,10 @@
 
 One worker and one shard do one thing at a time, pulls only, then steps; each reads the CPU clock of
 its own thread, which neither waiting nor other processes' turns move. What does not depend on rows
-comes from messages without rows: one or eight shards, one or 26 tables, four equations for four
-unknowns. The rest is spread over rows and bytes by least squares over sizes and dims.
+comes from messages without rows: for the worker one or eight shards, one or 26 tables, four
+equations for four unknowns; for a shard one or two of them, each with a process and (here) a core
+of its own, for with eight processes on a few cores each finds its code out of the caches. The rest
+is spread over rows and bytes by least squares over sizes and dims.
 """
 
 from __future__ import annotations
@@ -135,9 +137,10 @@ def calibrated(budget_s: float) -> Costs:
     """Measure everything, about `budget_s` seconds for each of some 40 measurements."""
     without_rows = {t: dict[tuple[int, int], Probe]() for t in _TRANSPORTS}
     with_rows: dict[Transport, list[Probe]] = {t: [] for t in _TRANSPORTS}
-    for shards, tables in itertools.product((1, _MANY_SHARDS), (1, _MANY_TABLES)):
+    for shards, tables in itertools.product((1, 2, _MANY_SHARDS), (1, _MANY_TABLES)):
         setup = Setup(shards=shards, workers=1, dim=16, tables=tables, table_rows=200_000)
-        for transport, probe in _probed(setup, (tables * shards,), budget_s, processes=1):
+        processes = 1 if shards == _MANY_SHARDS else None
+        for transport, probe in _probed(setup, (tables * shards,), budget_s, processes):
             without_rows[transport][shards, tables] = probe
     for dim in _DIMS:
         setup = Setup(shards=1, workers=1, dim=dim)
@@ -193,14 +196,13 @@ def _fitted(
 
 def _of_messages(seconds: dict[tuple[int, int], float], role: str) -> Cost:
     """step + step_table·T + message·K + message_table·K·T through four points."""
-    if role in ("answer", "apply"):  # of one message; eight shards took eight times as much
+    if role in ("answer", "apply"):  # of one message
         one, many = (
-            float(np.mean([seconds[k, t] / k for k in (1, _MANY_SHARDS)]))
-            for t in (1, _MANY_TABLES)
+            float(np.mean([seconds[k, t] / k for k in (1, 2)])) for t in (1, _MANY_TABLES)
         )
         slope = max(0.0, (many - one) / (_MANY_TABLES - 1))
         return Cost(message=max(0.0, one - slope), message_table=slope)
-    points = sorted(seconds)
+    points = sorted((k, t) for k, t in seconds if k != 2)
     design = np.array([[1, t, k, k * t] for k, t in points], dtype=float)
     x = _least_squares(design, np.array([seconds[p] for p in points]))
     return Cost(step=x[0], step_table=x[1], message=x[2], message_table=x[3])
@@ -326,7 +328,8 @@ def wake_s(count: int = 300) -> float:
     return float(np.median(seconds))
 
 
-_PAUSE_S = 5e-4
+_PAUSE_S = 1e-4
+"""About as long as a shard sleeps between two messages of small steps."""
 _TWO_TIMES = struct.Struct("<dd")
 
 
