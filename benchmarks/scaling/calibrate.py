@@ -197,9 +197,7 @@ def _fitted(
 def _of_messages(seconds: dict[tuple[int, int], float], role: str) -> Cost:
     """step + step_table·T + message·K + message_table·K·T through four points."""
     if role in ("answer", "apply"):  # of one message
-        one, many = (
-            float(np.mean([seconds[k, t] / k for k in (1, 2)])) for t in (1, _MANY_TABLES)
-        )
+        one, many = (float(np.mean([seconds[k, t] / k for k in (1, 2)])) for t in (1, _MANY_TABLES))
         slope = max(0.0, (many - one) / (_MANY_TABLES - 1))
         return Cost(message=max(0.0, one - slope), message_table=slope)
     points = sorted((k, t) for k, t in seconds if k != 2)
