@@ -21,7 +21,7 @@ from ps.ragged import F32
 from ps.shard import ShardSpec
 from ps.snapshot import Snapshot, SnapshotWriter
 from ps.spec import EmbeddingSpec
-from ps.wire.connection import Credentials
+from ps.wire.greeting import Credentials
 from ps.wire.handshake import new_token
 from ps.wire.messages import WireDtype, WireFormat
 from ps.wire.server import Endpoint, ServerOptions

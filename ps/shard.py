@@ -1,9 +1,8 @@
 """`ShardState`: one shard's rows, slots and dense slices, and when they may be read and changed.
 
 Pure: no Ray, clock, thread or disk. In sync mode version v is the state after v steps. The version
-t + 1 is made when the pushes of all workers for step t are in; they are summed by row in
-worker-rank order, so the result does not depend on which arrived first. A pull names the version it
-wants and is answered the moment that version is made, before anything later can be applied.
+t + 1 is made when the pushes of all workers for step t are in (`ps.reduction`). A pull names the
+version it wants and is answered the moment that version is made, before anything later is applied.
 
 In async mode a push is applied when it arrives, as a step of its own, and a pull takes what is
 there; it waits only while the slowest worker is more than `max_staleness` steps behind (stale
@@ -22,19 +21,16 @@ import numpy as np
 from ps.custom_optimizer import CustomOptimizer
 from ps.errors import ConfigError, ProtocolError, ShardNotReadyError
 from ps.initializers import Constant, table_key
-from ps.kernels.combine import COMBINER_CODES
-from ps.kernels.dedup import distinct_ids, first_out_of_range
-from ps.kernels.gradients import add_rows, combine_gradients
-from ps.memory import zeros
+from ps.message_checks import check_named
 from ps.messages import LATEST, Bags, Pull, Push, Rows, ShardStats, bags_of
 from ps.optimizers import Optimizer, Rate, evaluate_rate
 from ps.partition import Layout, Slab
 from ps.ragged import F32, I64
+from ps.reduction import Reduction, reduced_dense, reduced_rows
 from ps.rowstore import FlatStore, RowStore
 from ps.spec import EmbeddingSpec, TableSpec
 from ps.threads import Threads
 
-Reduction = Literal["mean", "sum"]
 Mode = Literal["sync", "async"]
 Reply = Callable[[Rows], None]
 MAX_STEPS_AHEAD = 64
@@ -265,53 +261,20 @@ class ShardState:
                 f"[0, {self.spec.num_workers})"
             )
 
-    def _check_rows(self, local_rows: tuple[I64, ...], bags: tuple[Bags | None, ...] = ()) -> None:
-        # The kernels do not check bounds, so nothing may pass here that they cannot take.
-        if len(local_rows) != len(self._tables) or len(bags) not in (0, len(self._tables)):
-            raise ProtocolError(
-                f"shard {self.spec.shard_id}: message has {len(local_rows)} tables, "
-                f"the shard has {len(self._tables)}"
-            )
-        for table, store, index in zip(
-            self.spec.embedding.tables, self._tables, local_rows, strict=True
-        ):
-            bad = first_out_of_range(index, len(store.rows))
-            if bad >= 0:
-                raise ProtocolError(
-                    f"shard {self.spec.shard_id}: table '{table.name}': local row {index[bad]} "
-                    f"is not in [0, {len(store.rows)})"
-                )
-        for table, index, of_table in zip(
-            self.spec.embedding.tables, local_rows, bags_of(bags, len(local_rows)), strict=True
-        ):
-            if of_table is not None:
-                self._check_bags(table, index, of_table)
-
-    def _check_bags(self, table: TableSpec, index: I64, bags: Bags) -> None:
-        splits, where = bags.row_splits, f"shard {self.spec.shard_id}: table '{table.name}'"
-        if not table.optimizer.use_gradient_accumulation:
-            raise ProtocolError(f"{where}: bags need `use_gradient_accumulation`")
-        if (
-            splits.size < 1
-            or splits[0] != 0
-            or splits[-1] != index.size
-            or np.any(splits[1:] < splits[:-1])
-        ):
-            raise ProtocolError(f"{where}: row splits do not cut {index.size} entries into bags")
-        if bags.weights.size not in (0, index.size):
-            raise ProtocolError(f"{where}: {bags.weights.size} weights for {index.size} entries")
+    def _check_rows(self, local_rows: tuple[I64, ...], bags: tuple[Bags | None, ...]) -> None:
+        sizes = [len(store.rows) for store in self._tables]
+        name, tables = f"shard {self.spec.shard_id}", self.spec.embedding.tables
+        check_named(name, tables, sizes, local_rows, bags)
 
     def _check_push(self, push: Push) -> None:
         dense = self._check_ready()
         self._check_worker(push.worker)
         self._check_rows(push.local_rows, push.bags)
-        tables = zip(
-            push.local_rows,
-            bags_of(push.bags, len(self._tables)),
-            self.spec.embedding.tables,
-            strict=True,
-        )
-        wanted = [(i.size if b is None else b.count, table.dim) for i, b, table in tables]
+        bags = bags_of(push.bags, len(self._tables))
+        sizes = [
+            i.size if b is None else b.count for i, b in zip(push.local_rows, bags, strict=True)
+        ]
+        wanted = [(n, t.dim) for n, t in zip(sizes, self.spec.embedding.tables, strict=True)]
         seen = [grads.shape for grads in push.grads]
         if seen != wanted or push.dense_grad.shape != (dense.values.size,):
             raise ProtocolError(
@@ -397,25 +360,18 @@ class ShardState:
         updates = [self._prepare(i, ranked, rate) for i, rate in enumerate(rates)]
         for update in updates:
             update()
-        grads = self._reduce_dense(
-            [p.dense_grad for p in ranked], dense.optimizer.use_gradient_accumulation
-        )
-        dense.apply(grads, dense_rate)
+        accumulate = dense.optimizer.use_gradient_accumulation
+        dense.apply(reduced_dense(ranked, self.spec.reduction, accumulate=accumulate), dense_rate)
         if ranked[0].state is not None:
             self._state = ranked[0].state.copy()
 
     def _prepare(self, i: int, ranked: Sequence[Push], rates: list[float]) -> Callable[[], None]:
         """What is left to do for a table when everything that may fail is done."""
         store = self._tables[i]
-        named = [_rows_and_grads(push, i) for push in ranked]
-        index, grads = self._reduce(
-            [rows for rows, _ in named],
-            [grads for _, grads in named],
-            store.optimizer.use_gradient_accumulation,
-        )
+        distinct = store.optimizer.use_gradient_accumulation
+        index, grads = reduced_rows(ranked, i, self.spec.reduction, accumulate=distinct)
         rate, *hyperparameters = rates
         try:
-            distinct = store.optimizer.use_gradient_accumulation
             update = store.prepare(index, grads, rate, hyperparameters, distinct=distinct)
         except ConfigError as e:
             name = self.spec.embedding.tables[i].name
@@ -442,47 +398,3 @@ class ShardState:
         if not any(callable(rate) for rate, _ in known):
             self._fixed_rates = rates
         return rates
-
-    def _reduce(self, indices: list[I64], grads: list[F32], accumulate: bool) -> tuple[I64, F32]:
-        """One gradient per row (or per contribution), summed in worker-rank order."""
-        if len(grads) == 1:
-            return indices[0], grads[0]
-        index = np.concatenate(indices)
-        if not accumulate:
-            return index, self._scaled(np.concatenate(grads), len(grads))
-        index, places = distinct_ids(index)
-        total: F32 = zeros((index.size, grads[0].shape[1]))
-        stop = 0
-        for grad in grads:
-            start, stop = stop, stop + len(grad)
-            add_rows(grad, places[start:stop], total)
-        return index, self._scaled(total, len(grads))
-
-    def _reduce_dense(self, grads: list[F32], accumulate: bool) -> F32:
-        """float32 [1, P], or [N, P] where contributions are not summed; in worker-rank order."""
-        if len(grads) == 1:
-            return grads[0].reshape(1, -1)
-        if not accumulate:
-            return self._scaled(np.stack(grads), len(grads))
-        total = np.zeros((1, grads[0].size), dtype=np.float32)
-        for grad in grads:
-            total += grad
-        return self._scaled(total, len(grads))
-
-    def _scaled(self, total: F32, num_workers: int) -> F32:
-        """The mean of so many workers if that is wanted; changes `total`."""
-        if self.spec.reduction == "mean":
-            total *= np.float32(1.0 / num_workers)
-        return total
-
-
-def _rows_and_grads(push: Push, i: int) -> tuple[I64, F32]:
-    """The rows of table i that a push names, and one gradient for each."""
-    bags = push.bags[i] if push.bags else None
-    index, grads = push.local_rows[i], push.grads[i]
-    if bags is None:
-        return index, grads
-    distinct, places = distinct_ids(index)
-    total: F32 = zeros((distinct.size, grads.shape[1]))
-    combine_gradients(grads, places, bags.row_splits, bags.weights, COMBINER_CODES["sum"], total)
-    return distinct, total

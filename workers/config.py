@@ -19,6 +19,7 @@ from ps.spec import EmbeddingSpec, resolve
 from ps.wire.messages import WireDtype
 from ps.wire.transport import TransportName
 from workers.column_entries import embedding_columns
+from workers.modes import check_mode
 from workers.shapes import check_trainable, uses_weights
 from workers.shard_bags import check_combined_on_shards
 
@@ -174,7 +175,13 @@ class TrainConfig:
                 raise ConfigError(f"{name} must be at least 1, got {getattr(self, name)}")
         if not 0 <= self.lookahead <= 2:
             raise ConfigError(f"lookahead must be 0, 1 or 2, got {self.lookahead}")
-        self._check_async()
+        check_mode(
+            self.mode,
+            self.lookahead,
+            self.max_staleness,
+            cached_rows=self.cached_rows,
+            cache_max_age=self.cache_max_age,
+        )
         clip = self.clip_predictions
         if clip is not None and (len(clip) != 2 or clip[0] > clip[1]):
             raise ConfigError(f"clip_predictions must be [low, high], got {list(clip)}")
@@ -184,28 +191,6 @@ class TrainConfig:
             raise ConfigError(
                 "dense_optimizer: shards make their own slots; leave out "
                 "`slot_variable_creation_fn`"
-            )
-
-    def _check_async(self) -> None:
-        if self.mode == "async":
-            if self.max_staleness is None or self.max_staleness < self.lookahead:
-                raise ConfigError(
-                    f"max_staleness must be at least lookahead ({self.lookahead}) in async mode, "
-                    f"got {self.max_staleness}"
-                )
-        elif self.max_staleness is not None:
-            raise ConfigError("max_staleness is for mode async; mode is sync")
-        elif self.cached_rows:
-            raise ConfigError("cached_rows is for mode async: kept rows have no exact version")
-        if self.cached_rows < 0 or self.cache_max_age < 0:
-            raise ConfigError(
-                f"cached_rows and cache_max_age must be at least 0, got {self.cached_rows} and "
-                f"{self.cache_max_age}"
-            )
-        if bool(self.cached_rows) != bool(self.cache_max_age):
-            raise ConfigError(
-                f"cached_rows and cache_max_age go together, got {self.cached_rows} and "
-                f"{self.cache_max_age}"
             )
 
 

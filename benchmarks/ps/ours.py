@@ -21,7 +21,7 @@ from ps.rowstore import RowStore
 from ps.shard import ShardSpec, ShardState
 from ps.spec import TableSpec
 from ps.warm import warm_up
-from ps.wire.connection import Credentials
+from ps.wire.greeting import Credentials
 from ps.wire.handshake import new_token
 from ps.wire.messages import WireFormat
 from ps.wire.server import ServerOptions, ShardLoop

@@ -11,15 +11,13 @@ import array
 import os
 import select
 import socket
-import struct
 import threading
 import time
 from collections import deque
 from collections.abc import Callable, Sequence
-from dataclasses import dataclass, field
+from dataclasses import dataclass
 
-from ps import errors
-from ps.errors import JobError, MantaError, ProtocolError, ShardLostError
+from ps.errors import MantaError, ProtocolError, ShardLostError
 from ps.wire.frames import (
     HEADER_BYTES,
     MAX_ERROR_BYTES,
@@ -31,21 +29,8 @@ from ps.wire.frames import (
     decode_packet,
     encode,
 )
-from ps.wire.handshake import check_welcome, hello, new_nonce
+from ps.wire.greeting import CHECK_EVERY_S, SEND_TIMEOUT_S, error_of
 from ps.wire.peer import MAX_PIECES, drop_sent
-
-_CHECK_EVERY_S = 0.5
-_SEND_TIMEOUT_S = 30.0
-_HANDSHAKE_TIMEOUT_S = 30.0
-
-
-@dataclass(frozen=True, slots=True)
-class Credentials:
-    """What a worker shows to a shard."""
-
-    token: bytes = field(repr=False)
-    worker: int
-    fingerprint: int
 
 
 @dataclass(slots=True, eq=False)
@@ -103,7 +88,7 @@ class Connection:
         header = frame.header
         self.done_step = max(self.done_step, header.step)
         if header.kind == Kind.ERROR:
-            self.fail(_error_of(frame.meta))
+            self.fail(error_of(frame.meta))
             return
         answer = self._answers.pop(header.request, None)
         if answer is None or header.kind not in (Kind.ROWS, Kind.FLUSHED):
@@ -151,7 +136,7 @@ class ArenaConnection(Connection):
         try:
             self.sock.send(frame)  # a packet goes as a whole
         except BlockingIOError:
-            raise self.lost(f"takes no messages for {_SEND_TIMEOUT_S:g} s") from None
+            raise self.lost(f"takes no messages for {SEND_TIMEOUT_S:g} s") from None
         except OSError as e:
             self._take_what_came()
             raise self.lost(e.strerror) from None
@@ -192,8 +177,8 @@ class ArenaConnection(Connection):
         return True
 
     def _read_frame(self) -> None:
-        """Block for one frame; `BlockingIOError` after `_CHECK_EVERY_S` without any."""
-        if not self._answers_come.poll(1000 * _CHECK_EVERY_S):
+        """Block for one frame; `BlockingIOError` after `CHECK_EVERY_S` without any."""
+        if not self._answers_come.poll(1000 * CHECK_EVERY_S):
             raise BlockingIOError
         try:
             count = self.sock.recv_into(self._packet)
@@ -319,7 +304,7 @@ class TcpLoop:
                 if self._background:
                     self._changed.wait(left)
                 else:
-                    self._move(min(left, _CHECK_EVERY_S))
+                    self._move(min(left, CHECK_EVERY_S))
         return True
 
     def close(self) -> None:
@@ -375,63 +360,3 @@ class TcpLoop:
         fd = connection.sock.fileno()
         if self._connections.pop(fd, None) is not None:
             self._poll.unregister(fd)
-
-
-def shake_hands(sock: socket.socket, credentials: Credentials, shard: int) -> None:
-    """Prove to each other that both sides belong to the job; `sock` blocks.
-
-    Raises:
-        ProtocolError: the other side does not, or refuses this worker.
-        ShardLostError: it closed the connection.
-    """
-    reader = FrameReader(lambda header, meta: (), 0)
-    nonce = new_nonce()
-    challenged = _next_frame(sock, reader, shard)
-    sock.sendall(hello(credentials.token, challenged, nonce, credentials.worker, shard,
-                       credentials.fingerprint))  # fmt: skip
-    answer = _next_frame(sock, reader, shard)
-    if answer.header.kind == Kind.ERROR:
-        raise _error_of(answer.meta)
-    check_welcome(credentials.token, challenged, nonce, answer)
-
-
-def _next_frame(sock: socket.socket, reader: FrameReader, shard: int) -> Frame:
-    packet = memoryview(bytearray(HEADER_BYTES + MAX_ERROR_BYTES))
-    deadline = time.monotonic() + _HANDSHAKE_TIMEOUT_S
-    while True:
-        try:
-            count = sock.recv_into(packet if sock.family == socket.AF_UNIX else reader.wanted)
-        except BlockingIOError:  # the shard is busy
-            if time.monotonic() < deadline:
-                continue
-            raise ShardLostError(
-                f"shard {shard}: no handshake within {_HANDSHAKE_TIMEOUT_S:g} s"
-            ) from None
-        except OSError as e:
-            raise ShardLostError(f"shard {shard}: no handshake: {e.strerror or e}") from None
-        if count == 0:
-            raise ShardLostError(f"shard {shard}: closed the connection in the handshake")
-        if sock.family == socket.AF_UNIX:
-            return decode_packet(packet[:count])
-        frame = reader.received(count)
-        if frame is not None:
-            return frame
-
-
-def set_timeouts(sock: socket.socket) -> None:
-    """Let a blocking socket give up by itself, without a system call before each read."""
-    for option, seconds in (
-        (socket.SO_RCVTIMEO, _CHECK_EVERY_S),
-        (socket.SO_SNDTIMEO, _SEND_TIMEOUT_S),
-    ):
-        whole = int(seconds)
-        value = struct.pack("@ll", whole, int((seconds - whole) * 1e6))
-        sock.setsockopt(socket.SOL_SOCKET, option, value)
-
-
-def _error_of(meta: bytes) -> MantaError:
-    """What an ERROR frame says, as the class that the shard raised."""
-    name, _, message = meta.decode("utf-8", "replace").partition("\n")
-    kind = getattr(errors, name, None)
-    simple = (errors.ProtocolError, errors.ConfigError, errors.ShardNotReadyError, errors.DataError)
-    return kind(message) if kind in simple else JobError(f"{name}: {message}")

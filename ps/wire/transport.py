@@ -6,7 +6,7 @@ import socket
 import time
 from collections import deque
 from collections.abc import Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import Literal
 
 from ps.errors import JobError, ShardLostError
@@ -15,19 +15,19 @@ from ps.wire.arena import Arena, Memory, PrivateMemory, available
 from ps.wire.connection import (
     Answer,
     ArenaConnection,
-    Credentials,
     TcpConnection,
     TcpLoop,
-    set_timeouts,
-    shake_hands,
 )
-from ps.wire.frames import Buffer, Header, Kind, encode
+from ps.wire.frames import HEADER_BYTES, Buffer, Header, Kind, encode
+from ps.wire.greeting import Credentials, set_timeouts, shake_hands
 from ps.wire.messages import WireFormat, pull_payload, push_payload, rows_places
 from ps.wire.server import Endpoint
 
 TransportName = Literal["auto", "arena", "tcp"]
 MAX_PUSHES_IN_FLIGHT = 4
 """Steps whose pushes a shard is not done with; a worker waits before it sends more."""
+MAX_PACKET_BYTES = 1 << 17
+"""What Linux takes as one packet of a Unix socket, with some to spare: 2,700 tables."""
 _CONNECT_TIMEOUT_S = 10.0
 _CHECK_OTHERS_S = 0.5
 
@@ -186,6 +186,9 @@ class WireTransport:
 
     def _connected(self, endpoint: Endpoint) -> ArenaConnection | TcpConnection:
         name, reason = self._options.name, "this system, or the shard's, has no memfd"
+        if HEADER_BYTES + self._options.format.meta_bytes > MAX_PACKET_BYTES:
+            reason = f"{len(self._options.format.dims)} tables do not fit one packet"
+            endpoint = replace(endpoint, unix_name="")
         if name != "tcp" and available() and endpoint.unix_name:
             sock = socket.socket(socket.AF_UNIX, socket.SOCK_SEQPACKET)
             try:

@@ -12,7 +12,8 @@ from ps.initializers import RandomUniform
 from ps.messages import Pull, Push
 from ps.optimizers import SGD, Optimizer
 from ps.ragged import F32, I64
-from ps.shard import Reduction, ShardSpec, ShardState
+from ps.reduction import Reduction
+from ps.shard import ShardSpec, ShardState
 from ps.spec import EmbeddingSpec, resolve
 from tests.support.reference import same_bits
 

@@ -21,7 +21,7 @@ from ps.partition import DistinctRows, Layout, distinct_rows
 from ps.ragged import F32
 from ps.shard import Mode, ShardSpec, ShardState
 from ps.spec import EmbeddingSpec, resolve
-from ps.wire.connection import Credentials
+from ps.wire.greeting import Credentials
 from ps.wire.messages import WireDtype, WireFormat
 from ps.wire.server import Endpoint, ServerOptions, ShardLoop
 from ps.wire.transport import TransportName, TransportOptions, WireTransport

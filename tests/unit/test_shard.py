@@ -18,7 +18,8 @@ from ps.messages import Pull, Push, Rows
 from ps.optimizers import FTRL, SGD, Adagrad, Adam, LinearDecay
 from ps.partition import Layout, distinct_rows
 from ps.ragged import F32
-from ps.shard import Reduction, ShardSpec, ShardState
+from ps.reduction import Reduction
+from ps.shard import ShardSpec, ShardState
 from tests.support.reference import same_bits
 from tests.support.shards import (
     P,
