@@ -11,6 +11,7 @@ import time
 from collections.abc import Iterator
 from dataclasses import replace
 
+import numpy as np
 import ray
 
 from ps.export_file import RowFile
@@ -35,6 +36,8 @@ class ShardServer:
 
     def __init__(self, spec: ShardSpec, options: ServerOptions) -> None:
         warm_up(spec)
+        format = options.format
+        format.widened(format.narrowed(np.zeros((1, 1), dtype=np.float32)))
         if options.host == NODE_ADDRESS:
             options = replace(options, host=ray.util.get_node_ip_address())
         self._state = ShardState(spec)

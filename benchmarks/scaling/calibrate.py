@@ -25,7 +25,7 @@ from benchmarks.ps.processes import Child
 from benchmarks.scaling.model import Case, Cost, Costs, Roles, Transport, far
 from benchmarks.scaling.running import Batch, Setup, Shards, Worker, make_batches
 from ps.client import PendingPull
-from ps.quantized import QuantizedRows, dequantized, quantized
+from ps.wire.messages import WireFormat
 
 _ROLES = ("ask", "take", "compute", "push", "answer", "apply")
 _MANY_SHARDS, _MANY_TABLES = 8, 26
@@ -288,10 +288,11 @@ def checksum_byte(size: int = 1 << 25) -> float:
 
 def convert_number(rows: int = 20_000, dim: int = 64) -> float:
     """Seconds per number of float32 to bfloat16, and back: the mean of both."""
+    format = WireFormat((dim,), "bfloat16")
     numbers = np.random.default_rng(0).random((rows, dim), dtype=np.float32)
-    records = quantized(numbers, "bfloat16").records
-    narrow = _median(lambda: quantized(numbers, "bfloat16"), 20)
-    widen = _median(lambda: dequantized(QuantizedRows("bfloat16", dim, records)), 20)
+    narrowed = format.narrowed(numbers)
+    narrow = _median(lambda: format.narrowed(numbers), 20)
+    widen = _median(lambda: format.widened(narrowed), 20)
     return (narrow + widen) / (2 * numbers.size)
 
 

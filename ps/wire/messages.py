@@ -24,6 +24,7 @@ import numpy as np
 import numpy.typing as npt
 
 from ps.errors import ProtocolError
+from ps.kernels.narrow import from_bfloat16, to_bfloat16
 from ps.memory import empty
 from ps.messages import Bags, Pull, Push, Rows, no_weights
 from ps.quantized import QuantizedRows, dequantized, quantized
@@ -66,16 +67,25 @@ class WireFormat:
         """
         if self.dtype == "float32":
             return rows
-        return quantized(rows, self.dtype).records.view(np.uint16)
+        if self.dtype == "bfloat16":
+            numbers = empty(rows.shape, np.uint16)
+            bits = np.ascontiguousarray(rows).view(np.uint32)
+            if to_bfloat16(bits.reshape(-1), numbers.reshape(-1)) == 0:
+                return numbers
+        return quantized(rows, self.dtype).records.view(np.uint16)  # and its errors
 
     def widened(self, numbers: npt.NDArray[Any]) -> F32:
         """What has travelled as rows, float32 [..., D]."""
         if self.dtype == "float32":
             return numbers
+        if self.dtype == "bfloat16":
+            rows = empty(numbers.shape)
+            flat = np.ascontiguousarray(numbers).reshape(-1)
+            from_bfloat16(flat, rows.view(np.uint32).reshape(-1))
+            return rows
         dim = numbers.shape[-1]
         records = np.ascontiguousarray(numbers).reshape(-1, dim).view(np.uint8)
-        rows = dequantized(QuantizedRows(self.dtype, dim, records))
-        return rows.reshape(numbers.shape)
+        return dequantized(QuantizedRows(self.dtype, dim, records)).reshape(numbers.shape)
 
 
 class _TableNumbers(NamedTuple):

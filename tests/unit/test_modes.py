@@ -42,14 +42,14 @@ def test_options_that_do_not_go_together_are_refused(options: dict[str, Any], me
 
 def test_a_sequence_is_not_combined_on_shards() -> None:
     recents = replace(JOB.tables["recents"], combine_on="shard")
-    with pytest.raises(ConfigError, match="table 'recents'.*max_sequence_length"):
+    with pytest.raises(ConfigError, match=r"table 'recents'.*max_sequence_length"):
         replace(JOB, tables={**JOB.tables, "recents": recents}).embedding_spec()
 
 
 def test_shards_that_combine_leave_no_rows_to_cache() -> None:
     users = replace(JOB.tables["users"], combine_on="shard")
     train = replace(JOB.train, mode="async", max_staleness=1, cached_rows=5, cache_max_age=1)
-    with pytest.raises(ConfigError, match="users.combine_on: shard leaves no rows to cache"):
+    with pytest.raises(ConfigError, match=r"users\.combine_on: shard leaves no rows to cache"):
         replace(JOB, tables={**JOB.tables, "users": users}, train=train).embedding_spec()
 
 
