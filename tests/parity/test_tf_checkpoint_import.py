@@ -5,7 +5,6 @@ Training goes on from them by the published formulas.
 
 from __future__ import annotations
 
-import asyncio
 import itertools
 from pathlib import Path
 from typing import Any
@@ -16,14 +15,14 @@ import tensorflow as tf
 from tensorflow.core.tpu.kernels import sparse_core_layout_pb2
 
 import serving.tf.checkpoint
-from ps.actor import ShardServer
 from ps.config import SGD, FeatureConfig, TableConfig
+from ps.dense_variables import DenseValues
 from ps.errors import CheckpointError, ConfigError, SnapshotError
 from ps.export import open_export
 from ps.export_file import RowFile
 from ps.messages import Push
 from ps.ragged import F32
-from ps.shard import ShardSpec
+from ps.shard import ShardSpec, ShardState
 from ps.snapshot import Snapshot, open_snapshot
 from ps.spec import EmbeddingSpec, resolve
 from serving.tf.bundle import Bundle
@@ -35,6 +34,7 @@ from tests.support.shards import whole_table
 from tests.support.snapshots import (
     OPTIMIZERS,
     SIZES,
+    state_from,
 )
 from tests.support.tf_checkpoints import (
     CONTENTS,
@@ -150,8 +150,7 @@ def test_training_goes_on_from_a_stock_checkpoint_by_the_formula(
     num_rows, dim = SIZES[name]
     touched = np.unique(np.random.default_rng(1).integers(0, num_rows, 20))
     grads = np.random.default_rng(2).normal(size=(touched.size, dim)).astype(np.float32)
-    for shard in shards:
-        state = shard._state
+    for state in shards:
         mine = [s for s, _, _ in state.slabs(name)]
         places = [(slab, int(i)) for i in touched for slab in mine
                   if slab.first_id <= i < slab.first_id + slab.num_rows]  # fmt: skip
@@ -163,31 +162,23 @@ def test_training_goes_on_from_a_stock_checkpoint_by_the_formula(
     slots = {slot: values[touched] for slot, values in arrays.items() if slot != "rows"}
     rows, new_slots = update(OPTIMIZERS[name], arrays["rows"][touched], slots, grads)
     expected = {"rows": rows} | new_slots
-    found = whole_table([shard._state for shard in shards], name)
+    found = whole_table(shards, name)
     for key, values in zip(arrays, found, strict=True):
         wanted = arrays[key].copy()
         wanted[touched] = expected[key]
         np.testing.assert_allclose(values, wanted, rtol=1e-5, atol=1e-6, err_msg=key)
 
 
-def started(spec: EmbeddingSpec, snapshot: Snapshot, shard: int, num_shards: int) -> ShardServer:
-    server = ShardServer(
-        ShardSpec(
-            shard_id=shard,
-            num_shards=num_shards,
-            num_workers=1,
-            embedding=spec,
-            dense_optimizer=SGD(),
-        )
+def started(spec: EmbeddingSpec, snapshot: Snapshot, shard: int, num_shards: int) -> ShardState:
+    nothing = np.zeros(0, np.float32)
+    shard_spec = ShardSpec(
+        shard_id=shard,
+        num_shards=num_shards,
+        num_workers=1,
+        embedding=spec,
+        dense_optimizer=SGD(),
     )
-
-    async def start() -> None:
-        for table in snapshot.tables:
-            await server.load_table(table.name, table.row_file, table.slot_files)
-        await server.set_dense(np.zeros(0, np.float32), np.zeros(0, np.float32), {}, snapshot.step)
-
-    asyncio.run(start())
-    return server
+    return state_from(snapshot, shard_spec, DenseValues(nothing, {}, nothing))
 
 
 def test_missing_slots_are_refused_or_get_their_first_values(

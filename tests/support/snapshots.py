@@ -11,7 +11,9 @@ from ps.dense_variables import DenseValues, DenseVariable
 from ps.export_file import write_rows
 from ps.optimizers import Optimizer
 from ps.ragged import F32
-from ps.snapshot import SnapshotWriter
+from ps.shard import ShardSpec, ShardState
+from ps.shard_files import load_pieces
+from ps.snapshot import Snapshot, SnapshotWriter
 from ps.spec import EmbeddingSpec, resolve
 
 OPTIMIZERS: dict[str, Optimizer] = {
@@ -88,3 +90,13 @@ def write_snapshot(
             optimizer = Adam() if dense.slots else None
             writer.add_dense(variables, dense, model=model, optimizer=optimizer)
         return writer.commit()
+
+
+def state_from(snapshot: Snapshot, spec: ShardSpec, dense: DenseValues) -> ShardState:
+    """One shard that has taken its tables from a snapshot's files, and these dense values."""
+    state = ShardState(spec)
+    for table in snapshot.tables:
+        for _ in load_pieces(state, table.name, table.row_file, table.slot_files):
+            pass
+    state.set_dense(dense.trainable, dense.state, dense.slots, snapshot.step)
+    return state

@@ -17,14 +17,13 @@ import pytest
 
 from ps.client import LocalTransport, ShardClient
 from ps.config import FTRL, SGD, Adagrad, Adam, FeatureConfig, TableConfig
-from ps.dense_variables import DenseVariable
+from ps.dense_variables import DenseValues, DenseVariable
 from ps.errors import ConfigError, ExportError, SnapshotError, StorageError
 from ps.export import open_export
 from ps.export_file import RowFile, allocate, open_rows, read_rows, write_rows
 from ps.partition import Layout, div_splits
 from ps.ragged import F32, Ragged
 from ps.shard import ShardSpec, ShardState
-from ps.shard_files import load_pieces
 from ps.snapshot import Snapshot, export_snapshot, open_snapshot
 from ps.spec import EmbeddingSpec, resolve
 from ps.start import check_dense, check_tables, check_variables
@@ -38,6 +37,7 @@ from tests.support.snapshots import (
     dense_values,
     every_optimizer_spec,
     random_contents,
+    state_from,
     write_snapshot,
 )
 from workers.batches import Batch
@@ -174,24 +174,19 @@ def test_any_number_of_shards_takes_a_snapshot_up(tmp_path: Path, num_shards: in
 
 def load(snapshot: Snapshot, shard: int, num_shards: int) -> ShardState:
     """One shard of a job that starts from the snapshot."""
-    state = ShardState(
-        ShardSpec(
-            shard_id=shard,
-            num_shards=num_shards,
-            num_workers=1,
-            embedding=SPEC,
-            dense_optimizer=Adam(),
-        )
+    spec = ShardSpec(
+        shard_id=shard,
+        num_shards=num_shards,
+        num_workers=1,
+        embedding=SPEC,
+        dense_optimizer=Adam(),
     )
     assert snapshot.dense is not None
     values = snapshot.dense.values()
     span = slice(*div_splits(values.trainable.size, num_shards)[shard : shard + 2])
-    for table in snapshot.tables:
-        for _ in load_pieces(state, table.name, table.row_file, table.slot_files):
-            pass
     slots = {name: slot[span] for name, slot in values.slots.items()}
-    state.set_dense(values.trainable[span], values.state, slots, snapshot.step)
-    return state
+    own = DenseValues(trainable=values.trainable[span], slots=slots, state=values.state)
+    return state_from(snapshot, spec, own)
 
 
 class Reader:
