@@ -178,7 +178,8 @@ def started(spec: EmbeddingSpec, snapshot: Snapshot, shard: int, num_shards: int
         embedding=spec,
         dense_optimizer=SGD(),
     )
-    return state_from(snapshot, shard_spec, DenseValues(nothing, {}, nothing))
+    dense = DenseValues(trainable=nothing, slots={}, state=nothing)
+    return state_from(snapshot, shard_spec, dense)
 
 
 def test_missing_slots_are_refused_or_get_their_first_values(
