@@ -292,6 +292,22 @@ class TcpLoop:
                 self._step(connection, connection.flush)
         connection.check()
 
+    def drain(self, timeout_s: float) -> None:
+        """Send what is queued, unless a thread does: nobody might wait for an answer for long.
+
+        Raises:
+            ShardLostError: a shard does not take it within the time.
+        """
+        deadline = time.monotonic() + timeout_s
+        with self._changed:
+            while not self._background:
+                waiting = [c for c in self._connections.values() if c.outgoing]
+                if not waiting:
+                    return
+                if time.monotonic() >= deadline:
+                    raise waiting[0].lost(f"takes nothing for {timeout_s:g} s")
+                self._move(CHECK_EVERY_S)
+
     def wait(self, connection: TcpConnection, answer: Answer, timeout_s: float) -> bool:
         """See `TcpConnection.wait`."""
         deadline = time.monotonic() + timeout_s

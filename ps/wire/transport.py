@@ -107,6 +107,8 @@ class WireTransport:
                             step=message.step)  # fmt: skip
             self._send(connection, header, metas[shard].tobytes(), payload)
             self._pushes[shard].append((message.step, message))
+        if self._loop is not None:
+            self._loop.drain(self._options.timeout_s)
 
     def flush(self, timeout_s: float) -> None:
         """See `Transport.flush`."""

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import time
 from collections.abc import Iterator
 from contextlib import ExitStack, contextmanager
 from dataclasses import replace
@@ -14,6 +15,7 @@ from hypothesis import strategies as st
 
 from ps.errors import JobError
 from ps.optimizers import SGD
+from ps.partition import distinct_rows
 from ps.shard import ShardState
 from ps.step_message import FIELDS, TAIL
 from ps.wire.frames import HEADER_BYTES
@@ -29,10 +31,12 @@ from tests.support.wire import (
     connected,
     contents_of,
     endpoints_of,
+    floats,
     server_options,
     shards_in_threads,
     train_in_threads,
     train_locally,
+    wait_until,
 )
 from tests.support.wire_peers import Recorder, bits_of, random_gradients
 from tests.support.wire_processes import shards_in_processes
@@ -49,6 +53,25 @@ def endpoints_for(kind: str, endpoints: list[Endpoint]) -> list[Endpoint]:
 
 def transport_name(kind: str) -> Any:
     return "auto" if kind == "mixed" else kind
+
+
+@pytest.mark.parametrize("kind", KINDS)
+def test_a_push_arrives_though_its_worker_goes_to_sleep(kind: str) -> None:
+    """Else a shard would wait for the rest of a big frame, and cut the worker off."""
+    job = Job(num_rows=60_000, num_shards=2, dims=(64,))
+    names = {"t0": distinct_rows(np.arange(job.num_rows), job.layout.placements["t0"])[0]}
+    grads = random_gradients(job, names, 0, floats)
+    dense, state = np.zeros(job.dense_size, np.float32), np.zeros(job.state_size, np.float32)
+    with shards_in_threads(job, deadline_s=0.5) as loops:
+        endpoints = endpoints_for(kind, endpoints_of(loops))
+        with connected(job, endpoints, transport_name(kind)) as (client, _):
+            client.push(0, names, grads, dense, state)
+            wait_until(
+                lambda: {loop.call(loop.state.stats).result(5).version for loop in loops} == {1},
+                "the step is applied",
+            )
+            time.sleep(0.8)  # beyond the deadline
+            assert client.pull(1, 1, names).result(10).version == 1
 
 
 # --- byte for byte
