@@ -72,7 +72,8 @@ def test_a_killed_shard_ends_the_job_with_an_error(job: JobConfig) -> None:
             ray.kill(self.victim)
 
     plan = plan_job(job)
-    with pytest.raises(JobError, match=r"actor|shard 0: the connection is gone"), running(job) as run:
+    gone = r"actor|shard 0: the connection is gone"
+    with pytest.raises(JobError, match=gone), running(job) as run:
         run.train(plan, [KillOne(run.shards.handles[0])])
     assert living_actors() == []
 
