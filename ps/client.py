@@ -138,6 +138,8 @@ class ShardClient:
         self._transport = transport
         self._worker = worker
         self._format = format or WireFormat(tuple(table.dim for table in spec.tables))
+        local = isinstance(transport, LocalTransport)
+        assert not local or self._format.dtype == "float32", "nothing travels in one process"
         self._pulled: dict[int, tuple[dict[int, _Named], Block | None]] = {}
         """What the last pulls named, by step, and by identity of its `DistinctRows`: a push of the
         same rows points to the same memory. And the pull's block, with room for dense gradients."""

@@ -66,7 +66,7 @@ class WireTransport:
         self._connections: list[ArenaConnection | TcpConnection] = []
         self._pushes: list[deque[tuple[int, StepMessage]]] = [deque() for _ in endpoints]
         self.sent_bytes = [0] * len(endpoints)
-        """To each shard, with what was put into shared memory for it."""
+        """Of frames, to each shard; what lies in shared memory is not counted."""
         try:
             for endpoint in endpoints:
                 self._connections.append(self._connected(endpoint))
