@@ -7,7 +7,6 @@ asks for, between their messages.
 from __future__ import annotations
 
 import asyncio
-import time
 from collections.abc import Iterator
 from dataclasses import replace
 
@@ -24,7 +23,6 @@ from ps.wire.server import Endpoint, ServerOptions, ShardLoop
 
 NODE_ADDRESS = ""
 """`ServerOptions.host` for the address by which Ray knows the shard's node."""
-_PIECE_S = 0.002
 
 
 class ShardServer:
@@ -98,13 +96,4 @@ class ShardServer:
         return sum(counts)
 
     async def _stream(self, pieces: Iterator[None]) -> None:
-        await asyncio.wrap_future(self._loop.stream(_grouped(pieces)))
-
-
-def _grouped(pieces: Iterator[None]) -> Iterator[None]:
-    """Small pieces together, so that a turn takes a few milliseconds."""
-    start = time.monotonic()
-    for _ in pieces:
-        if time.monotonic() - start > _PIECE_S:
-            yield
-            start = time.monotonic()
+        await asyncio.wrap_future(self._loop.stream(pieces))

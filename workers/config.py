@@ -179,6 +179,7 @@ class TrainConfig:
             self.mode,
             self.lookahead,
             self.max_staleness,
+            self.reduction,
             cached_rows=self.cached_rows,
             cache_max_age=self.cache_max_age,
         )

@@ -3,11 +3,18 @@
 from __future__ import annotations
 
 from ps.errors import ConfigError
+from ps.reduction import Reduction
 from ps.shard import Mode
 
 
 def check_mode(
-    mode: Mode, lookahead: int, max_staleness: int | None, *, cached_rows: int, cache_max_age: int
+    mode: Mode,
+    lookahead: int,
+    max_staleness: int | None,
+    reduction: Reduction,
+    *,
+    cached_rows: int,
+    cache_max_age: int,
 ) -> None:
     """Refuse options of `TrainConfig` that the mode does not have, or that contradict each other.
 
@@ -19,6 +26,11 @@ def check_mode(
             raise ConfigError(
                 f"max_staleness must be at least lookahead ({lookahead}) in async mode, "
                 f"got {max_staleness}"
+            )
+        if reduction != "mean":
+            raise ConfigError(
+                f"reduction {reduction} is for mode sync: in async mode every worker's gradient is "
+                "applied by itself; leave it out"
             )
     elif max_staleness is not None:
         raise ConfigError("max_staleness is for mode async; mode is sync")

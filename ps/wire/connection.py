@@ -43,8 +43,6 @@ class Answer:
     keep: object
     """What must stay in memory until the shard has answered."""
     header: Header | None = None
-    came: float = 0.0
-    """Seconds of `time.perf_counter` when it came."""
 
 
 class Connection:
@@ -58,7 +56,6 @@ class Connection:
         self._answers: dict[int, Answer] = {}
         self._requests = 0
         self._error: MantaError | None = None
-        self._reader = FrameReader(self._place, 1 << 62)
 
     def next_request(self) -> int:
         """A number for a request."""
@@ -93,7 +90,6 @@ class Connection:
         answer = self._answers.pop(header.request, None)
         if answer is None or header.kind not in (Kind.ROWS, Kind.FLUSHED):
             raise ProtocolError(f"shard {self.shard} sent {header.kind.name}, which nobody wants")
-        answer.came = time.perf_counter()
         answer.header = header
 
     def close(self) -> None:
@@ -106,16 +102,6 @@ class Connection:
         return ShardLostError(
             f"shard {self.shard}: the connection is gone ({reason}); its process may have died"
         )
-
-    def _place(self, header: Header, meta: bytes) -> Sequence[memoryview]:
-        answer = self._answers.get(header.request)
-        places = () if answer is None else answer.places
-        size = sum(map(len, places))
-        if size != header.payload_bytes:
-            raise ProtocolError(
-                f"shard {self.shard} answered with {header.payload_bytes} bytes, wanted {size}"
-            )
-        return places
 
 
 class ArenaConnection(Connection):
@@ -206,6 +192,7 @@ class TcpConnection(Connection):
     def __init__(self, sock: socket.socket, shard: int, loop: TcpLoop) -> None:
         super().__init__(sock, shard)
         sock.setblocking(False)
+        self._reader = FrameReader(self._place, 1 << 62)
         self._loop = loop
         self.outgoing: deque[memoryview] = deque()
         loop.add(self)
@@ -246,6 +233,16 @@ class TcpConnection(Connection):
         """Close the socket."""
         self._loop.remove(self)
         super().close()
+
+    def _place(self, header: Header, meta: bytes) -> Sequence[memoryview]:
+        answer = self._answers.get(header.request)
+        places = () if answer is None else answer.places
+        size = sum(map(len, places))
+        if size != header.payload_bytes:
+            raise ProtocolError(
+                f"shard {self.shard} answered with {header.payload_bytes} bytes, wanted {size}"
+            )
+        return places
 
 
 class TcpLoop:

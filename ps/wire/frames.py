@@ -74,9 +74,9 @@ class Header(NamedTuple):
     """PULL: wanted, -1 for the latest. ROWS: of the rows. HELLO: the shard's number."""
     aux: int = 0
     """ROWS: nanoseconds that the answer waited for its version. ARENA: bytes of the segment. HELLO:
-    fingerprint of the job's tables. PULL, PUSH: number of the arena's segment."""
+    fingerprint of the job's tables."""
     flags: int = 0
-    """PUSH: 1 if non-trainable values follow."""
+    """None so far."""
 
 
 @dataclass(slots=True, eq=False)

@@ -33,6 +33,7 @@ _log = logging.getLogger(__name__)
 _MAX_PEERS = 4096
 _BACKLOG = 128
 _CHECK_DEADLINES_S = 0.25
+_TURN_S = 0.002
 
 
 @dataclass(frozen=True, slots=True)
@@ -97,9 +98,9 @@ class ShardLoop:
         return future
 
     def stream(self, pieces: Iterator[object]) -> Future[None]:
-        """Run long work piece by piece, messages in between; each piece should take milliseconds.
+        """Run long work piece by piece, messages in between; a piece should take milliseconds.
 
-        Several streams take turns.
+        Small pieces run together, for about `_TURN_S`. Several streams take turns.
         """
         future: Future[None] = Future()
 
@@ -108,8 +109,11 @@ class ShardLoop:
                 self._streams.append(piece)
 
         def piece() -> bool:
+            end = time.monotonic() + _TURN_S
             try:
                 next(pieces)
+                while time.monotonic() < end:
+                    next(pieces)
             except StopIteration:
                 future.set_result(None)
                 return False

@@ -57,7 +57,7 @@ def test_a_run_changes_every_array(examples: Path, two_shards: dict[str, bytes])
 
 
 @pytest.mark.parametrize(
-    ("shards", "transport"), [(2, "auto"), (2, "tcp"), (1, "arena"), (5, "tcp")]
+    ("shards", "transport"), [(2, "auto"), (2, "tcp"), (1, "arena"), (3, "auto"), (5, "tcp")]
 )
 def test_a_repeated_run_ends_with_the_same_bits_on_any_number_of_shards_and_transport(
     examples: Path, two_shards: dict[str, bytes], shards: int, transport: str
@@ -66,7 +66,7 @@ def test_a_repeated_run_ends_with_the_same_bits_on_any_number_of_shards_and_tran
     assert final_bits(job) == two_shards
 
 
-@pytest.mark.parametrize(("shards", "transport"), [(3, "tcp"), (5, "arena")])
+@pytest.mark.parametrize(("shards", "transport"), [(1, "auto"), (3, "tcp"), (5, "arena")])
 def test_the_same_is_true_at_lookahead_1(
     examples: Path, two_shards_ahead: dict[str, bytes], shards: int, transport: str
 ) -> None:

@@ -25,6 +25,10 @@ def test_async_takes_its_options() -> None:
     [
         ({"mode": "async"}, r"max_staleness must be at least lookahead \(0\).*got None"),
         ({"mode": "async", "lookahead": 2, "max_staleness": 1}, r"at least lookahead \(2\).*got 1"),
+        (
+            {"mode": "async", "max_staleness": 0, "reduction": "sum"},
+            "reduction sum is for mode sync",
+        ),
         ({"max_staleness": 1}, "max_staleness is for mode async"),
         ({"cached_rows": 5, "cache_max_age": 1}, "cached_rows is for mode async"),
         ({"cache_max_age": 1}, "go together, got 0 and 1"),
