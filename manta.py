@@ -14,7 +14,9 @@ from typing import Annotated, Any, NoReturn
 
 import typer
 
+import ps.commands
 import serving.commands
+import workers.chaos.commands
 import workers.commands
 from ps.errors import ConfigError, MantaError
 
@@ -83,6 +85,8 @@ def _show_version(wanted: bool) -> None:
 
 
 app.add_typer(workers.commands.app)
+app.add_typer(workers.chaos.commands.app)
+app.add_typer(ps.commands.app)
 app.add_typer(serving.commands.app)
 
 
@@ -133,7 +137,7 @@ def export_command(
             "it does not go with --no-model"
         )
     from ps.export import open_export
-    from ps.folders import holds
+    from ps.manifest import holds
     from ps.snapshot import SNAPSHOT, export_snapshot, open_snapshot
 
     def rebuilt(described: dict[str, Any] | None) -> Any:

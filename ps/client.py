@@ -58,7 +58,11 @@ class Transport(Protocol):
         ...
 
     def flush(self, timeout_s: float) -> None:
-        """Wait until all pushes have been applied; raises what a shard raised."""
+        """Wait until the shards are done with all pushes; raises what a shard raised."""
+        ...
+
+    def close(self) -> None:
+        """Give everything back; who waits gets an error."""
         ...
 
 
@@ -221,8 +225,17 @@ class ShardClient:
         return message
 
     def flush(self, timeout_s: float = DEFAULT_TIMEOUT_S) -> None:
-        """Wait until every push sent so far has been applied by its shard."""
+        """Wait until every shard is done with every push sent so far.
+
+        They are applied then, and durable where the job wants that.
+        """
         self._transport.flush(timeout_s)
+
+    def close(self) -> None:
+        """Close the transport, and let go of its memory; who waits for rows gets an error."""
+        self._pulled.clear()
+        self._lent.clear()
+        self._transport.close()
 
     def _lent_place(self, array: F32) -> int | None:
         """Where an array from `gradients` lies; None for others, and for views with gaps."""
@@ -310,6 +323,9 @@ class LocalTransport:
 
     def flush(self, timeout_s: float) -> None:
         """Nothing to wait for: pushes have been taken when `push` returns."""
+
+    def close(self) -> None:
+        """Nothing to give back."""
 
 
 class _LocalRows:

@@ -6,13 +6,18 @@ import logging
 import os
 import signal
 import threading
-from collections.abc import Iterator, Mapping
+import time
+from collections.abc import Callable, Iterator, Mapping
 from contextlib import contextmanager
 from typing import Any
 
 import ray
 
 from ps.errors import JobError
+
+NAMESPACE = "manta"
+"""Of the names of all actors: every driver finds those of its job."""
+_NAME_FREE_S = 30.0
 
 
 @contextmanager
@@ -95,6 +100,22 @@ def actor_options(resources: Mapping[str, float]) -> dict[str, Any]:
     options: dict[str, Any] = {"num_cpus": 0, "num_gpus": 0}
     options |= {own[name]: amount for name, amount in resources.items() if name in own}
     return options | {"resources": {k: v for k, v in resources.items() if k not in own}}
+
+
+def named(name: str, create: Callable[..., Any]) -> Any:
+    """Create an actor by `create(name=…, namespace=…)`, once an earlier one of the name is gone.
+
+    Raises:
+        JobError: a living actor has the name.
+    """
+    deadline = time.monotonic() + _NAME_FREE_S
+    while True:
+        try:
+            return create(name=name, namespace=NAMESPACE)
+        except ValueError as e:  # Ray frees a name some time after its actor's end
+            if time.monotonic() > deadline:
+                raise JobError(f"actor '{name}' exists: another job of this name runs") from e
+            time.sleep(0.05)
 
 
 def free_resources() -> dict[str, float]:

@@ -6,9 +6,11 @@ Knows no TensorFlow: a variable is what has a name (Keras: a path) and a shape.
 from __future__ import annotations
 
 import itertools
-from collections.abc import Iterable
+from collections.abc import Iterable, Sequence
 from dataclasses import dataclass
 from typing import Any
+
+import numpy as np
 
 from ps.ragged import F32
 
@@ -55,3 +57,16 @@ def describe(trainable: Iterable[Any], state: Iterable[Any]) -> list[DenseVariab
         )
         for place, (name, variable) in enumerate(by_name([*trainable, *state]).items())
     ]
+
+
+def flat(arrays: Iterable[F32]) -> F32:
+    """float32 [P]: the values of all arrays, one behind the other."""
+    return np.concatenate([np.zeros(0, np.float32), *(np.ravel(a) for a in arrays)])
+
+
+def unflat(variables: Sequence[DenseVariable], values: F32) -> dict[str, F32]:
+    """Flat values, float32 [P], as views by the variables' names."""
+    sizes = [int(np.prod(v.shape)) for v in variables]
+    assert sum(sizes) == values.size, "the flat values are those of the variables"
+    parts = np.split(values, np.cumsum(sizes)[:-1]) if sizes else []
+    return {v.name: p.reshape(v.shape) for v, p in zip(variables, parts, strict=True)}

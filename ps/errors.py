@@ -91,3 +91,11 @@ class JobError(MantaError):
 
 class ShardLostError(JobError):
     """The connection to a shard is gone: its process died, or it cut this worker off."""
+
+
+class ReplayGapError(JobError):
+    """A shard came back too far behind: it wants a push again that its worker has let go of."""
+
+
+class JobAborted(JobError):  # noqa: N818
+    """A worker was told to leave its steps: the driver will connect it anew, or has ended it."""

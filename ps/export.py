@@ -24,9 +24,11 @@ from ps.columns import Transform
 from ps.config import COMBINERS, Combiner
 from ps.errors import ExportError
 from ps.export_file import RowFile, map_rows, write_rows, writing
-from ps.folders import MANIFEST, FolderWriter, Kind, Manifest, read_variables, set_latest
+from ps.folders import FolderWriter, set_latest
+from ps.manifest import MANIFEST, Kind, Manifest, read_variables
 from ps.ragged import F32
 from ps.spec import FeatureSpec
+from ps.storage import Storage
 
 __all__ = ["Export", "ExportTable", "ExportWriter", "RowFile", "open_export", "write_rows"]
 
@@ -76,7 +78,11 @@ class Export:
         Raises:
             ExportError: the file is damaged.
         """
-        return {} if self.dense_file is None else read_variables(EXPORT, self.dense_file)
+        if self.dense_file is None:
+            return {}
+        with EXPORT.errors():
+            folder = Storage.at(self.dense_file.parent)
+            return read_variables(folder.read(self.dense_file.name), str(self.dense_file))
 
 
 class ExportTableSpec(Protocol):
@@ -240,7 +246,7 @@ def open_export(path: Path, *, verify: bool = False) -> Export:
     tables = {table.name: table for table in entries}
     features, dense = manifest.features(tables), values.get("dense")
     return Export(
-        path=manifest.folder,
+        path=manifest.path(),
         version=manifest.version,
         step=manifest.field(values, "step", int),
         job=manifest.field(values, "job", str),
@@ -249,7 +255,7 @@ def open_export(path: Path, *, verify: bool = False) -> Export:
         features=features,
         transforms=manifest.transforms(features),
         dense_model=None if dense is None else manifest.field(dense, "model", dict),
-        dense_file=None if dense is None else manifest.file(dense),
+        dense_file=None if dense is None else manifest.path(manifest.file(dense).file),
     )
 
 
@@ -274,21 +280,21 @@ def _point_latest(root: Path, version: str) -> None:
 
 
 def _open_table(manifest: Manifest, entry: Any) -> ExportTable:
-    path, (num_rows, dim) = manifest.file(entry), manifest.shape(entry)
+    sealed, (num_rows, dim) = manifest.file(entry), manifest.shape(entry)
     combiner = manifest.field(entry, "combiner", str)
     if combiner not in COMBINERS:
         raise ExportError(
             f"{manifest.where}: `combiner` must be one of {COMBINERS}, got '{combiner}'"
         )
     with EXPORT.errors():
-        rows_VD = map_rows(path, num_rows, dim)
+        rows_VD = map_rows(manifest.path(sealed.file), num_rows, dim)
     return ExportTable(
         name=manifest.field(entry, "name", str),
         vocabulary_size=num_rows,
         dim=dim,
         combiner=combiner,
-        file=entry["file"],
-        size_bytes=entry["size_bytes"],
-        sha256=entry["sha256"],
+        file=sealed.file,
+        size_bytes=sealed.size_bytes,
+        sha256=sealed.checksum.removeprefix("sha256:"),
         rows_VD=rows_VD,
     )

@@ -89,6 +89,35 @@ class ShardStats:
     size_bytes: int
     staleness: tuple[int, ...] = ()
     """Pushes by the number of steps that were applied between a push's pull and itself."""
+    fences: tuple[int, ...] = ()
+    """Per worker: the step that the shard expects next, in the state that it has."""
+    expected: tuple[int, ...] = ()
+    """Per worker: the step that it has not pushed yet; pushes that wait for others' count."""
+    ready: bool = False
+    """Whether it has been given its state."""
+    cut_version: int | None = None
+    """Of the cut that is armed or running."""
+    saved_bytes: int = 0
+    """Memory of rows that changed since the running cut began."""
+
+
+@dataclass(frozen=True, slots=True, eq=False)
+class LogEntry:
+    """What one version of a shard changed: with the version before, all of its state.
+
+    Its arrays are copies: nobody changes them once it is made.
+    """
+
+    version: int
+    """Sync mode: the version that was made. Async mode: pushes applied, this one included."""
+    fences: tuple[int, ...]
+    """Per worker: the step that the shard expects next."""
+    tables: tuple[tuple[I64, F32], ...]
+    """Per table: distinct local rows int64 [n], their new records float32 [n, (1 + slots) · D]."""
+    dense: F32
+    """float32 [1 + slots, p]: the shard's trainable values and their slots."""
+    state: F32
+    """float32 [s]: its non-trainable values."""
 
 
 def bags_of(bags: tuple[Bags | None, ...], num_tables: int) -> tuple[Bags | None, ...]:

@@ -2,72 +2,38 @@
 
 Pure: no Ray, clock, thread or disk. In sync mode version v is the state after v steps. The version
 t + 1 is made when the pushes of all workers for step t are in (`ps.reduction`). A pull names the
-version it wants and is answered the moment that version is made, before anything later is applied.
+version it wants and is answered the moment that version is made, before anything later is applied;
+with `ShardSpec.history`, also when that version has gone by, for a worker that does a step again.
 
 In async mode a push is applied when it arrives, as a step of its own, and a pull takes what is
 there; it waits only while the slowest worker is more than `max_staleness` steps behind (stale
 synchronous parallel: Ho et al., NIPS 2013). The version is the slowest worker's number of steps.
+
+Worker w's fence is the step that the shard expects of it next: pushes below it are dropped. What
+outlives the process is made of two things: a `Cut` of all there is at one version, and a `LogEntry`
+per version of what it changed.
 """
 
 from __future__ import annotations
 
 from collections import defaultdict
 from collections.abc import Callable, Collection, Iterator, Mapping, Sequence
-from dataclasses import dataclass
-from typing import Literal
 
-import numpy as np
+from ps.cut import Cut
+from ps.errors import ProtocolError
+from ps.message_checks import check_fences, check_worker
+from ps.messages import LATEST, LogEntry, Pull, Push, Rows, ShardStats
+from ps.partition import Slab
+from ps.ragged import F32
+from ps.shard_counts import Counts
+from ps.shard_spec import Mode, ShardSpec
+from ps.shard_values import ShardValues, Touched
 
-from ps.custom_optimizer import CustomOptimizer
-from ps.errors import ConfigError, ProtocolError, ShardNotReadyError
-from ps.initializers import Constant, table_key
-from ps.message_checks import check_named
-from ps.messages import LATEST, Bags, Pull, Push, Rows, ShardStats, bags_of
-from ps.optimizers import Optimizer, Rate, evaluate_rate
-from ps.partition import Layout, Slab
-from ps.ragged import F32, I64
-from ps.reduction import Reduction, reduced_dense, reduced_rows
-from ps.rowstore import FlatStore, RowStore
-from ps.spec import EmbeddingSpec, TableSpec
-from ps.threads import Threads
+__all__ = ["MAX_STEPS_AHEAD", "Mode", "ShardSpec", "ShardState"]
 
-Mode = Literal["sync", "async"]
 Reply = Callable[[Rows], None]
 MAX_STEPS_AHEAD = 64
 """Pushes of one worker that a shard keeps for others to catch up; workers send fewer."""
-STALENESS_BINS = 64
-
-
-@dataclass(frozen=True, slots=True, kw_only=True)
-class ShardSpec:
-    """Everything a shard needs to know to start."""
-
-    shard_id: int
-    num_shards: int
-    num_workers: int
-    embedding: EmbeddingSpec
-    dense_optimizer: Optimizer
-    reduction: Reduction = "mean"
-    """How the workers' gradients become one: their mean (default) or their sum."""
-    seed: int = 0
-    mode: Mode = "sync"
-    max_staleness: int = 0
-    """Async mode: steps that a worker may be ahead of the slowest."""
-    combined: frozenset[str] = frozenset()
-    """Tables whose bags it will be asked to combine; their kernels are compiled at the start."""
-    threads: int = 1
-    """Cores that its kernels may use; results have the same bits for any number."""
-
-    def __post_init__(self) -> None:
-        if isinstance(self.dense_optimizer, CustomOptimizer):
-            raise ConfigError(
-                "dense_optimizer: a CustomOptimizer updates rows of tables, and the dense values "
-                "have none; use one of TensorFlow's other optimizers"
-            )
-        try:
-            self.dense_optimizer.for_shards()
-        except ConfigError as e:
-            raise ConfigError(f"dense_optimizer: {e}") from None
 
 
 class ShardState:
@@ -76,39 +42,125 @@ class ShardState:
     def __init__(self, spec: ShardSpec) -> None:
         self.spec = spec
         self.version = 0
-        self._layout = Layout.of(spec.embedding, spec.num_shards)
-        self._threads = Threads(spec.threads)
-        self._tables = [self._new_table(table) for table in spec.embedding.tables]
-        self._dense: FlatStore | None = None
-        self._state = np.zeros(0, dtype=np.float32)
+        self._name = f"shard {spec.shard_id}"
+        self._is_async = spec.mode == "async"
+        self._values = ShardValues(spec)
         self._next_step = [0] * spec.num_workers
+        self._durable = [0] * spec.num_workers  # never beyond `fences()`
         self._pushes: defaultdict[int, dict[int, Push]] = defaultdict(dict)
-        self._fixed_rates: list[list[float]] | None = None
-        """Rates of all stores, once they are known not to change."""
+        self._entries = 0
+        self._on_version: Callable[[LogEntry], None] | None = None
+        self._armed: tuple[int, Callable[[Cut], None]] | None = None
         self._waiting: list[tuple[Pull, Reply]] = []
         self._flushes: list[tuple[int, int, Callable[[int], None]]] = []
-        self._rows_pulled = self._rows_pushed = self._duplicates = 0
-        self._updates = 0
-        self._updates_at_pull: dict[tuple[int, int], int] = {}
-        self._staleness = np.zeros(STALENESS_BINS, dtype=np.int64)
+        self._counts = Counts()
+
+    # --- the state as a whole
 
     def set_dense(
-        self, dense: F32, state: F32, slots: Mapping[str, F32] | None = None, version: int = 0
+        self,
+        dense: F32,
+        state: F32,
+        slots: Mapping[str, F32] | None = None,
+        version: int = 0,
+        fences: Sequence[int] | None = None,
+        entries_applied: int = 0,
     ) -> None:
         """Give the shard its slices of the flat dense vectors; it is ready from then on.
+
+        What it had of pushes, history and cuts is forgotten.
 
         Args:
             dense: float32 [p], trainable.
             state: float32 [s], non-trainable.
             slots: float32 [p] per slot of the dense optimizer; None for their first values.
-            version: number of steps that these values, and the tables, have behind them.
+            version: number of steps that these values, and the tables, have behind them. In async
+                mode that is the least fence, if they are given.
+            fences: per worker, the step that is expected next; None for `version`.
+            entries_applied: async mode: what the property is to start from.
+
+        Raises:
+            ProtocolError: fences of other workers than the shard has, or sync mode and one is not
+                `version`.
         """
-        self._dense = FlatStore(dense, self.spec.dense_optimizer, self._threads)
-        for name, values in (slots or {}).items():
-            self._dense.slots[name][:] = values
-        self._state = state.copy()
-        self.version = version
-        self._next_step = [version] * self.spec.num_workers
+        fences = [version] * self.spec.num_workers if fences is None else list(fences)
+        self._check_fences(fences, version)
+        self.disarm()
+        self._values.set_dense(dense, state, slots)
+        self._pushes.clear()
+        self._counts.pulls.clear()
+        self.version = min(fences)
+        self._next_step, self._durable = list(fences), list(fences)
+        self._entries = entries_applied
+        # Of versions gone by there is nothing left to answer with; who asked has to ask again.
+        self._waiting = [(p, r) for p, r in self._waiting if not 0 <= p.version < self.version]
+        self._go_on()
+
+    def write_rows(
+        self, table: str, first_local_row: int, rows: F32, slots: Mapping[str, F32]
+    ) -> None:
+        """Replace rows of a table and their slots, float32 [n, D] each, by those of a snapshot.
+
+        The shard is not ready until `set_dense` says what version they belong to.
+
+        Raises:
+            ProtocolError: other slots than the table's, another shape or dtype, or rows that are
+                not there; nothing has changed then.
+        """
+        self._values.write_rows(table, first_local_row, rows, slots)
+        self._armed = None
+
+    def fences(self) -> tuple[int, ...]:
+        """Per worker: the step that comes next in the state that the shard has.
+
+        In sync mode all are its version: pushes that wait for others are not in the state yet.
+        """
+        if self._is_async:
+            return tuple(self._next_step)
+        return (self.version,) * self.spec.num_workers
+
+    @property
+    def entries_applied(self) -> int:
+        """`LogEntry.version` of the last one: the version, or in async mode the pushes applied."""
+        return self._entries if self._is_async else self.version
+
+    def slabs(self, table: str) -> Iterator[tuple[Slab, F32, dict[str, F32]]]:
+        """(slab, its rows, its slots) of a table, as views, in local order."""
+        return self._values.slabs(table)
+
+    def dense(self) -> tuple[F32, dict[str, F32], F32]:
+        """Views of (trainable slice, its slots, non-trainable slice)."""
+        return self._values.dense()
+
+    def check_version(self, version: int) -> None:
+        """See that exactly `version` steps are applied, before the whole state is read.
+
+        Raises:
+            ProtocolError: more or fewer steps.
+        """
+        if self.version != version:
+            raise ProtocolError(f"{self._name} is at version {self.version}, not {version}")
+
+    def stats(self) -> ShardStats:
+        """Counters and sizes; a shard without state has them too."""
+        cut = self._values.cut
+        return ShardStats(
+            shard_id=self.spec.shard_id,
+            version=self.version,
+            rows_pulled=self._counts.rows_pulled,
+            rows_pushed=self._values.rows_pushed,
+            duplicates_dropped=self._counts.duplicates,
+            num_rows=self._values.num_rows,
+            size_bytes=self._values.size_bytes,
+            staleness=self._counts.staleness,
+            fences=self.fences(),
+            expected=tuple(self._next_step),
+            ready=self._values.is_ready,
+            cut_version=self._armed[0] if self._armed else cut.version if cut else None,
+            saved_bytes=cut.saved_bytes if cut else 0,
+        )
+
+    # --- what workers ask for
 
     def pull(self, pull: Pull, reply: Reply) -> None:
         """Answer through `reply`, at once or when the wanted version is made.
@@ -133,53 +185,57 @@ class ShardState:
             ProtocolError: a step of this worker is missing in between, it is too far ahead of the
                 others, a row is not on this shard, or an array has the wrong shape.
         """
-        self._check_push(push)
+        self._values.check_push(push)
+        check_worker(self._name, push.worker, self.spec.num_workers)
         expected = self._next_step[push.worker]
         if push.step < expected:
-            self._duplicates += 1
+            self._counts.duplicates += 1
             return
         if push.step > expected:
             raise ProtocolError(
-                f"shard {self.spec.shard_id}: worker {push.worker} pushed step {push.step}, "
+                f"{self._name}: worker {push.worker} pushed step {push.step}, "
                 f"but step {expected} is next"
             )
-        if self.spec.mode == "sync" and push.step >= self.version + MAX_STEPS_AHEAD:
+        if self._is_async:
+            touched = self._values.apply([push], push.step)
+            self._next_step[push.worker] = push.step + 1  # not before: it may have failed
+            self._entries += 1
+            self._made(min(self._next_step), [push], touched)
+            return
+        if push.step >= self.version + MAX_STEPS_AHEAD:
             raise ProtocolError(
-                f"shard {self.spec.shard_id}: worker {push.worker} pushed step {push.step}, "
+                f"{self._name}: worker {push.worker} pushed step {push.step}, "
                 f"{MAX_STEPS_AHEAD} or more ahead of the slowest worker"
             )
         self._next_step[push.worker] = push.step + 1
-        if self.spec.mode == "async":
-            self._apply([push], push.step)
-            self._note_staleness([push])
-            self.version = min(self._next_step)
-            self._answer_waiting()
-            return
         step = self.version
         self._pushes[push.step][push.worker] = push
         # At most one version can be made: each worker's steps come one after the other.
         if len(self._pushes.get(step, ())) == self.spec.num_workers:
             pushes = self._pushes[step]
             ranked = [pushes[worker] for worker in range(self.spec.num_workers)]
-            self._apply(ranked, step)
-            self._note_staleness(ranked)
+            touched = self._values.apply(ranked, step)
             del self._pushes[step]
-            self.version += 1
-            self._answer_waiting()
+            self._made(step + 1, ranked, touched)
 
     def done_step(self, worker: int) -> int:
-        """Pushes of a worker for steps below this one are applied; their arrays are free again."""
+        """Pushes of a worker for steps below this one are done with; their arrays are free again.
+
+        They are applied, and durable if `on_version` is set.
+        """
         if not 0 <= worker < self.spec.num_workers:
             return 0
-        return self._next_step[worker] if self.spec.mode == "async" else self.version
+        if self._on_version is not None:
+            return self._durable[worker]
+        return self._next_step[worker] if self._is_async else self.version
 
     def flush(self, worker: int, reply: Callable[[int], None]) -> None:
-        """Call `reply` with the version when all pushes of a worker so far are applied.
+        """Call `reply` with the version when all pushes of a worker so far are done with.
 
         Raises:
             ShardNotReadyError: no state yet.
         """
-        self._check_ready()
+        self._values.check_ready()
         self._flushes.append((worker, self._next_step[worker], reply))
         self._answer_flushes()
 
@@ -188,146 +244,95 @@ class ShardState:
         self._waiting = [(pull, reply) for pull, reply in self._waiting if reply not in replies]
         self._flushes = [flush for flush in self._flushes if flush[2] not in replies]
 
-    def check_version(self, version: int) -> None:
-        """See that exactly `version` steps are applied, before the whole state is read.
+    # --- what makes it outlive the process
+
+    @property
+    def on_version(self) -> Callable[[LogEntry], None] | None:
+        """Called with what each version (async: each push) changed, once it is made: a commit log.
+
+        Where one is set, the state so far counts as durable; later pushes do by `mark_durable`.
+        """
+        return self._on_version
+
+    @on_version.setter
+    def on_version(self, call: Callable[[LogEntry], None] | None) -> None:
+        self._on_version = call
+        self._values.is_logged = call is not None
+        self.mark_durable(self.fences())
+
+    def mark_durable(self, fences: Sequence[int]) -> None:
+        """Take note that pushes below each worker's fence would survive; answers flushes.
+
+        Fences of a state that the shard has been taken back from do no harm.
+        """
+        self._durable = [
+            max(old, min(new, applied))
+            for old, new, applied in zip(self._durable, fences, self.fences(), strict=True)
+        ]
+        self._answer_flushes()
+
+    def apply_entry(self, entry: LogEntry) -> None:
+        """Do what a version of a log did; all of the shard is then as it was when that was made.
+
+        `on_version` is not called: the entry is durable.
 
         Raises:
-            ProtocolError: more or fewer steps.
+            ShardNotReadyError: no state yet.
+            ProtocolError: another version is next, or it is not of this shard; nothing has changed.
         """
-        if self.version != version:
+        self._values.check_entry(entry)
+        if entry.version != self.entries_applied + 1:
             raise ProtocolError(
-                f"shard {self.spec.shard_id} is at version {self.version}, not {version}"
+                f"{self._name}: log entry {entry.version} came after {self.entries_applied}"
             )
+        self._check_fences(entry.fences, entry.version)
+        self._values.apply_entry(entry)
+        self._pushes.pop(self.version, None)
+        self._next_step = [max(n, f) for n, f in zip(self._next_step, entry.fences, strict=True)]
+        self._entries += 1
+        self._counts.note_update()
+        self.version, self._durable = min(entry.fences), list(entry.fences)
+        self._go_on()
 
-    def stats(self) -> ShardStats:
-        """Counters and sizes."""
-        return ShardStats(
-            shard_id=self.spec.shard_id,
-            version=self.version,
-            rows_pulled=self._rows_pulled,
-            rows_pushed=self._rows_pushed,
-            duplicates_dropped=self._duplicates,
-            num_rows=sum(len(table.rows) for table in self._tables),
-            size_bytes=sum(table.size_bytes for table in self._tables),
-            staleness=tuple(np.trim_zeros(self._staleness, "b").tolist()),
-        )
+    def arm_cut(self, version: int, begin: Callable[[Cut], None]) -> None:
+        """Call `begin` with a cut of the state at `version`: when that is made, or now if it is.
 
-    def slabs(self, table: str) -> Iterator[tuple[Slab, F32, dict[str, F32]]]:
-        """(slab, its rows, its slots) of a table, as views, in local order."""
-        store = self._store(table)
-        for slab in self._layout.placements[table].slabs(self.spec.shard_id):
-            span = slice(slab.first_local_row, slab.first_local_row + slab.num_rows)
-            yield slab, store.rows[span], {n: s[span] for n, s in store.slots.items()}
+        The pushes of the next step then change no row that the cut has not copied or saved. In
+        async mode the version is only what the cut is called, and it begins at once.
 
-    def dense(self) -> tuple[F32, dict[str, F32], F32]:
-        """Views of (trainable slice, its slots, non-trainable slice)."""
-        store = self._check_ready()
-        return store.values, dict(store.slots), self._state
-
-    def _check_ready(self) -> FlatStore:
-        if self._dense is None:
-            raise ShardNotReadyError(f"shard {self.spec.shard_id} has no state yet")
-        return self._dense
-
-    def _check_pull(self, pull: Pull) -> None:
-        dense = self._check_ready()
-        self._check_worker(pull.worker)
-        self._check_rows(pull.local_rows, pull.bags)
-        if pull.into is not None:
-            seen = pull.into.dense.shape, pull.into.state.shape
-            if seen != (dense.values.shape, self._state.shape):
-                raise ProtocolError(
-                    f"shard {self.spec.shard_id}: room for dense values {seen}, wanted "
-                    f"{(dense.values.shape, self._state.shape)}"
-                )
-        if pull.version < self.version and pull.version != LATEST:
+        Raises:
+            ShardNotReadyError: no state yet.
+            ProtocolError: the version has gone by, or there is a cut already.
+        """
+        self._values.check_ready()
+        other = self.stats().cut_version
+        if other is not None:
+            raise ProtocolError(f"{self._name}: the cut of version {other} is not over")
+        if not self._is_async and version < self.version:
             raise ProtocolError(
-                f"shard {self.spec.shard_id}: worker {pull.worker} wants version {pull.version} "
-                f"for step {pull.step}, but the shard is at version {self.version}"
+                f"{self._name} is at version {self.version}, too late for a cut of {version}"
             )
-        ahead = pull.version - self.version
-        if pull.version == LATEST:
-            ahead = pull.step - self.version - self.spec.max_staleness
-        if ahead > MAX_STEPS_AHEAD:
-            raise ProtocolError(
-                f"shard {self.spec.shard_id}: worker {pull.worker} pulls for step {pull.step}, "
-                f"more than {MAX_STEPS_AHEAD} ahead of the shard's version {self.version}"
-            )
+        self._armed = version, begin
+        self._begin_cut()
 
-    def _check_worker(self, worker: int) -> None:
-        if not 0 <= worker < self.spec.num_workers:
-            raise ProtocolError(
-                f"shard {self.spec.shard_id}: worker {worker} is not in "
-                f"[0, {self.spec.num_workers})"
-            )
+    def disarm(self) -> None:
+        """Forget the cut that is armed or running, if any; a running one has no next piece then."""
+        self._armed = None
+        self._values.close_cut()
 
-    def _check_rows(self, local_rows: tuple[I64, ...], bags: tuple[Bags | None, ...]) -> None:
-        sizes = [len(store.rows) for store in self._tables]
-        name, tables = f"shard {self.spec.shard_id}", self.spec.embedding.tables
-        check_named(name, tables, sizes, local_rows, bags)
+    # --- how it goes on
 
-    def _check_push(self, push: Push) -> None:
-        dense = self._check_ready()
-        self._check_worker(push.worker)
-        self._check_rows(push.local_rows, push.bags)
-        bags = bags_of(push.bags, len(self._tables))
-        sizes = [
-            i.size if b is None else b.count for i, b in zip(push.local_rows, bags, strict=True)
-        ]
-        wanted = [(n, t.dim) for n, t in zip(sizes, self.spec.embedding.tables, strict=True)]
-        seen = [grads.shape for grads in push.grads]
-        if seen != wanted or push.dense_grad.shape != (dense.values.size,):
-            raise ProtocolError(
-                f"shard {self.spec.shard_id}: gradients of shapes {seen} and "
-                f"{push.dense_grad.shape}, wanted {wanted} and ({dense.values.size},)"
-            )
-        if push.state is not None and push.state.shape != self._state.shape:
-            raise ProtocolError(
-                f"shard {self.spec.shard_id}: {push.state.size} non-trainable values, "
-                f"wanted {self._state.size}"
-            )
+    def _made(self, version: int, pushes: Sequence[Push], touched: Touched) -> None:
+        """Pushes were applied."""
+        self._counts.note_update(pushes)
+        self.version = version
+        if self._on_version is not None:
+            self._on_version(self._values.entry(self.entries_applied, self.fences(), touched))
+        self._go_on()
 
-    def _store(self, table: str) -> RowStore:
-        names = [t.name for t in self.spec.embedding.tables]
-        return self._tables[names.index(table)]
-
-    def _new_table(self, table: TableSpec) -> RowStore:
-        placement = self._layout.placements[table.name]
-        key = table_key(self.spec.seed, table.name)
-        num_rows = placement.num_local_rows(self.spec.shard_id)
-        store = RowStore.zeros((num_rows, table.dim), table.optimizer, self._threads)
-        if table.initializer == Constant(0.0):
-            return store
-        for slab in placement.slabs(self.spec.shard_id):
-            ids = np.arange(slab.first_id, slab.first_id + slab.num_rows, dtype=np.int64)
-            span = slice(slab.first_local_row, slab.first_local_row + slab.num_rows)
-            store.rows[span] = table.initializer.rows(key, ids, table.dim)
-        return store
-
-    def _is_due(self, pull: Pull) -> bool:
-        if pull.version != LATEST:
-            return pull.version == self.version
-        return pull.step - self.version <= self.spec.max_staleness
-
-    def _read(self, pull: Pull) -> Rows:
-        outs = (None,) * len(self._tables) if pull.into is None else pull.into.rows
-        bags = bags_of(pull.bags, len(self._tables))
-        rows = tuple(
-            store.gather(local, out) if of_table is None else store.sums(local, of_table, out)
-            for store, local, of_table, out in zip(
-                self._tables, pull.local_rows, bags, outs, strict=True
-            )
-        )
-        self._rows_pulled += sum(local.size for local in pull.local_rows)
-        if 0 <= pull.step - self._next_step[pull.worker] < MAX_STEPS_AHEAD:  # a push will follow
-            self._updates_at_pull[pull.worker, pull.step] = self._updates
-        dense, state = self._check_ready().values, self._state
-        if pull.into is None:
-            return Rows(self.version, rows, dense.copy(), state.copy())
-        pull.into.dense[:], pull.into.state[:] = dense, state
-        return Rows(self.version, rows, pull.into.dense, pull.into.state)
-
-    def _answer_waiting(self) -> None:
+    def _go_on(self) -> None:
+        """Do what has waited for this version; the rows stay as they are meanwhile."""
+        self._begin_cut()
         self._answer_flushes()
         if not self._waiting:
             return
@@ -344,57 +349,50 @@ class ShardState:
         for _, _, reply in due:
             reply(self.version)
 
-    def _note_staleness(self, pushes: Sequence[Push]) -> None:
-        """Count the updates between each push's pull and the push."""
-        for push in pushes:
-            at_pull = self._updates_at_pull.pop((push.worker, push.step), None)
-            if at_pull is not None:
-                self._staleness[min(self._updates - at_pull, STALENESS_BINS - 1)] += 1
-        self._updates += 1
-
-    def _apply(self, ranked: Sequence[Push], step: int) -> None:
-        """Make one step of pushes of one step, in worker-rank order."""
-        dense = self._check_ready()
-        # Rates and custom computations may raise: all are called before anything changes.
-        *rates, (dense_rate, *_) = self._rates([*self._tables, dense], step)
-        updates = [self._prepare(i, ranked, rate) for i, rate in enumerate(rates)]
-        for update in updates:
-            update()
-        accumulate = dense.optimizer.use_gradient_accumulation
-        dense.apply(reduced_dense(ranked, self.spec.reduction, accumulate=accumulate), dense_rate)
-        if ranked[0].state is not None:
-            self._state = ranked[0].state.copy()
-
-    def _prepare(self, i: int, ranked: Sequence[Push], rates: list[float]) -> Callable[[], None]:
-        """What is left to do for a table when everything that may fail is done."""
-        store = self._tables[i]
-        distinct = store.optimizer.use_gradient_accumulation
-        index, grads = reduced_rows(ranked, i, self.spec.reduction, accumulate=distinct)
-        rate, *hyperparameters = rates
+    def _begin_cut(self) -> None:
+        if self._armed is None or not (self._is_async or self._armed[0] == self.version):
+            return
+        (version, begin), self._armed = self._armed, None
         try:
-            update = store.prepare(index, grads, rate, hyperparameters, distinct=distinct)
-        except ConfigError as e:
-            name = self.spec.embedding.tables[i].name
-            raise ConfigError(
-                f"shard {self.spec.shard_id}: table '{name}', step {ranked[0].step}: {e}"
-            ) from e
-        self._rows_pushed += index.size
-        return update
+            begin(self._values.start_cut(version, self.fences(), self.entries_applied))
+        except BaseException:  # nobody will read it
+            self.disarm()
+            raise
 
-    def _rates(self, stores: Sequence[RowStore | FlatStore], step: int) -> list[list[float]]:
-        """The rates of each; a callable is called once a step, however many share it."""
-        if self._fixed_rates is not None:
-            return self._fixed_rates
-        known: list[tuple[Rate, float]] = []
+    def _is_due(self, pull: Pull) -> bool:
+        if pull.version != LATEST:
+            return pull.version <= self.version
+        return pull.step - self.version <= self.spec.max_staleness
 
-        def value_of(rate: Rate) -> float:
-            for seen, value in known:
-                if seen == rate:
-                    return value
-            known.append((rate, evaluate_rate(rate, step)))
-            return known[-1][1]
+    def _read(self, pull: Pull) -> Rows:
+        behind = 0 if pull.version == LATEST else self.version - pull.version
+        rows = Rows(self.version - behind, *self._values.read(pull, behind))
+        self._counts.rows_pulled += sum(local.size for local in pull.local_rows)
+        if 0 <= pull.step - self._next_step[pull.worker] < MAX_STEPS_AHEAD:  # a push will follow
+            self._counts.note_pull(pull.worker, pull.step, behind)
+        return rows
 
-        rates = [[value_of(rate) for rate in store.optimizer.rates] for store in stores]
-        if not any(callable(rate) for rate, _ in known):
-            self._fixed_rates = rates
-        return rates
+    # --- what it refuses
+
+    def _check_pull(self, pull: Pull) -> None:
+        self._values.check_pull(pull)
+        check_worker(self._name, pull.worker, self.spec.num_workers)
+        oldest = self.version - self._values.num_old_versions
+        if pull.version < oldest and pull.version != LATEST:
+            kept = f", and keeps none before {oldest}" if oldest < self.version else ""
+            raise ProtocolError(
+                f"{self._name}: worker {pull.worker} wants version {pull.version} "
+                f"for step {pull.step}, but the shard is at version {self.version}{kept}"
+            )
+        ahead = pull.version - self.version
+        if pull.version == LATEST:
+            ahead = pull.step - self.version - self.spec.max_staleness
+        if ahead > MAX_STEPS_AHEAD:
+            raise ProtocolError(
+                f"{self._name}: worker {pull.worker} pulls for step {pull.step}, "
+                f"more than {MAX_STEPS_AHEAD} ahead of the shard's version {self.version}"
+            )
+
+    def _check_fences(self, fences: Sequence[int], version: int) -> None:
+        wanted = None if self._is_async else version
+        check_fences(self._name, fences, self.spec.num_workers, wanted)

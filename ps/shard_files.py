@@ -2,9 +2,10 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Mapping
+from collections.abc import Iterable, Iterator, Mapping
 
 from ps.export_file import RowFile, read_rows, write_rows
+from ps.ragged import F32
 from ps.shard import ShardState
 
 
@@ -16,6 +17,19 @@ def load_pieces(
         read_rows(rows, slab.first_id, row_view)
         for name, slot_view in slot_views.items():
             read_rows(slots[name], slab.first_id, slot_view)
+        yield
+
+
+def load_rows(
+    state: ShardState, table: str, pieces: Iterable[tuple[int, F32, dict[str, F32]]]
+) -> Iterator[None]:
+    """Take (first local row, rows, slots) pieces of a table, as `ps.snapshot` reads them.
+
+    Raises:
+        ProtocolError: a piece does not fit the table.
+    """
+    for first_local_row, rows, slots in pieces:
+        state.write_rows(table, first_local_row, rows, slots)
         yield
 
 

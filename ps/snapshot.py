@@ -1,46 +1,93 @@
 """Training snapshots: everything that training goes on from, as an immutable folder.
 
-    ROOT/LATEST                                     name of the snapshot written last
-    ROOT/step-000000123/manifest.json               step, seed, tables, features, optimizers, model
-    ROOT/step-000000123/tables/<table>/rows.arrow   V rows in id order, as in an export
-    ROOT/step-000000123/tables/<table>/slots/<slot>.arrow   the same for every optimizer slot
-    ROOT/step-000000123/dense.arrow                 variables of the dense model, in its order
-    ROOT/step-000000123/dense_slots/<slot>.arrow    their optimizer slots
-    ROOT/step-000000123/vocabularies/               as in an export
+    ROOT/LATEST                                        name of the snapshot written last
+    ROOT/step-000000123/manifest.json                  step, fences, tables, model, files
+    ROOT/step-000000123/<table>.0-of-3.<attempt>.arrow its rows and slots on one shard
+    ROOT/step-000000123/dense.<attempt>.arrow          variables of the dense model, in its order
+    ROOT/step-000000123/dense.<slot>.<attempt>.arrow   one of their optimizer slots
+    ROOT/step-000000123/vocabulary.000000.<attempt>.arrow   of a feature with raw values
 
-This module knows files only: no Ray and no shard. Rows lie in id order, so that a snapshot fits any
-number of shards.
+ROOT is a local folder, `s3://…` or `gs://…`. This module opens and reads snapshots; it knows files
+only: no Ray and no shard. `ps.snapshot_writer` writes them, `ps.snapshot_root` knows ROOT. What one
+number of shards wrote, any other number can load. Format 1, in which nothing is written any more,
+had one file per table and slot, with all rows in id order (`ps.snapshot_v1`).
 """
 
 from __future__ import annotations
 
-import re
-from collections.abc import Mapping, Sequence
-from dataclasses import asdict, dataclass
-from datetime import UTC, datetime
-from functools import partial
+from collections.abc import Iterator, Sequence
+from contextlib import suppress
+from dataclasses import dataclass, field
 from pathlib import Path
-from typing import Any
+from typing import Any, Protocol
 
 import numpy as np
 
 from ps.columns import Transform
-from ps.dense_variables import DenseValues, DenseVariable
-from ps.errors import SnapshotError
+from ps.dense_variables import DenseValues, DenseVariable, flat
+from ps.errors import ConfigError, SnapshotError, StorageError
 from ps.export import ExportWriter
-from ps.export_file import RowFile, fill_rows, map_rows, open_rows, read_rows, writing
-from ps.folders import FolderWriter, Kind, Manifest, file_name, read_variables, set_latest
-from ps.optimizers import Optimizer
+from ps.export_file import fill_rows
+from ps.manifest import (
+    Manifest,
+    SealedFile,
+    name_of,
+    parent,
+    read_checked,
+    read_latest,
+    read_variables,
+)
+from ps.partition import Placement
 from ps.ragged import F32
-from ps.spec import EmbeddingSpec, FeatureSpec
+from ps.snapshot_parts import PartFiles
+from ps.snapshot_root import (
+    SNAPSHOT,
+    complete_snapshots,
+    retain,
+    snapshot_location,
+    snapshot_name,
+)
+from ps.snapshot_v1 import WholeFiles
+from ps.snapshot_writer import SnapshotWriter
+from ps.spec import FeatureSpec
+from ps.storage import Storage
 
-SNAPSHOT = Kind("snapshot", SnapshotError, 1, re.compile(r"step-(\d{9,})"), "step-000000123")
-DENSE_FILE = "dense.arrow"
+__all__ = [
+    "SNAPSHOT",
+    "Snapshot",
+    "SnapshotDense",
+    "SnapshotTable",
+    "SnapshotWriter",
+    "complete_snapshots",
+    "export_snapshot",
+    "load_shard",
+    "open_snapshot",
+    "retain",
+    "snapshot_location",
+    "snapshot_name",
+]
+_MOST_NAMED = 5
+
+
+class TableFiles(Protocol):
+    """Where the rows and slots of a table are; travels to other processes."""
+
+    @property
+    def slot_names(self) -> tuple[str, ...]: ...
+
+    def whole(self, slot: str | None) -> F32:
+        """float32 [V, D], read-only: the rows, or a slot."""
+
+    def read(self, first_id: int, out_ND: F32, slot: str | None) -> None:
+        """Fill `out_ND` with rows first_id … first_id + N - 1."""
+
+    def load(self, wanted: Placement, shard: int) -> Iterator[tuple[int, F32, dict[str, F32]]]:
+        """See `load_shard`."""
 
 
 @dataclass(frozen=True, slots=True, kw_only=True, eq=False)
 class SnapshotTable:
-    """One table of an opened snapshot."""
+    """One table of an opened snapshot; it can be pickled."""
 
     name: str
     vocabulary_size: int
@@ -49,17 +96,49 @@ class SnapshotTable:
     """mean, sum, sqrtn, or "custom" for one that only the job knows."""
     optimizer: dict[str, Any]
     """Name and arguments."""
-    row_file: RowFile
-    slot_files: dict[str, RowFile]
+    slot_names: tuple[str, ...]
+    files: TableFiles
 
     @property
     def rows(self) -> F32:
-        """float32 [V, D], read-only, memory-mapped."""
-        return _mapped(self.row_file)
+        """float32 [V, D], read-only; all of it in memory, unless the format is 1.
+
+        Raises:
+            SnapshotError: a file is damaged.
+        """
+        with SNAPSHOT.errors():
+            return self.files.whole(None)
 
     def slot(self, slot: str) -> F32:
-        """float32 [V, D], read-only, memory-mapped."""
-        return _mapped(self.slot_files[slot])
+        """Like `rows`."""
+        assert slot in self.slot_names
+        with SNAPSHOT.errors():
+            return self.files.whole(slot)
+
+    def read_rows(self, first_id: int, out_ND: F32, slot: str | None = None) -> None:
+        """Fill `out_ND`, float32 [N, D], with rows first_id … first_id + N - 1.
+
+        Reads what it needs, so that a process can go over a table larger than its memory.
+
+        Args:
+            first_id: id of `out_ND[0]`.
+            out_ND: where to.
+            slot: of that slot instead of the rows.
+
+        Raises:
+            SnapshotError: ids outside the table, another shape or dtype, or a file is damaged.
+        """
+        where = f"snapshot table '{self.name}'"
+        if out_ND.dtype != np.float32 or out_ND.ndim != 2 or out_ND.shape[1] != self.dim:
+            found = f"{out_ND.dtype} {list(out_ND.shape)}"
+            raise SnapshotError(f"{where}: rows must be float32 [N, {self.dim}], got {found}")
+        last = first_id + len(out_ND)
+        if first_id < 0 or last > self.vocabulary_size:
+            allowed = f"[0, {self.vocabulary_size})"
+            raise SnapshotError(f"{where}: rows [{first_id}, {last}) are outside {allowed}")
+        assert slot is None or slot in self.slot_names
+        with SNAPSHOT.errors():
+            self.files.read(first_id, out_ND, slot)
 
 
 @dataclass(frozen=True, slots=True, kw_only=True, eq=False)
@@ -72,8 +151,10 @@ class SnapshotDense:
     """Trainable ones first, in the model's order."""
     optimizer: dict[str, Any] | None
     """Name and arguments; None if its slots are not known."""
-    file: Path
-    slot_files: dict[str, Path]
+    storage: Storage
+    """The snapshot's folder."""
+    file: SealedFile
+    slot_files: dict[str, SealedFile]
 
     def named(self) -> dict[str, F32]:
         """The variables by name, in order.
@@ -92,20 +173,21 @@ class SnapshotDense:
         named = self.named()
         trainable = [v for v in self.variables if v.trainable]
         return DenseValues(
-            trainable=_flat(named[v.name] for v in trainable),
+            trainable=flat(named[v.name] for v in trainable),
             slots={
-                slot: _flat(self._read(path, trainable).values())
-                for slot, path in self.slot_files.items()
+                slot: flat(self._read(file, trainable).values())
+                for slot, file in self.slot_files.items()
             },
-            state=_flat(named[v.name] for v in self.variables if not v.trainable),
+            state=flat(named[v.name] for v in self.variables if not v.trainable),
         )
 
-    @staticmethod
-    def _read(path: Path, wanted: Sequence[DenseVariable]) -> dict[str, F32]:
-        found = read_variables(SNAPSHOT, path)
+    def _read(self, sealed: SealedFile, wanted: Sequence[DenseVariable]) -> dict[str, F32]:
+        with SNAPSHOT.errors():
+            where = self.storage.name(sealed.file)
+            found = read_variables(read_checked(self.storage, sealed), where)
         seen = [(name, value.shape) for name, value in found.items()]
         if seen != [(v.name, v.shape) for v in wanted]:
-            raise SnapshotError(f"'{path}' holds other variables than the manifest says")
+            raise SnapshotError(f"'{where}' holds other variables than the manifest says")
         return found
 
 
@@ -113,14 +195,24 @@ class SnapshotDense:
 class Snapshot:
     """An opened snapshot."""
 
-    path: Path
+    location: str
+    """Of its own folder, for people: without credentials."""
+    uri: str = field(repr=False)
+    """The same for `open_snapshot` in another process; may hold credentials."""
     version: str
+    format_version: int
     step: int
     """Number of steps applied."""
     seed: int
     job: str
     created: str
     """UTC, ISO 8601."""
+    num_shards: int
+    """That wrote it; 1 in format 1."""
+    fences: tuple[int, ...] | None
+    """Per rank, the next step that the shards expect of it; None if they are not known."""
+    cursor: dict[str, Any] | None
+    """Where the input goes on."""
     tables: tuple[SnapshotTable, ...]
     features: tuple[FeatureSpec, ...]
     transforms: dict[str, Transform]
@@ -132,174 +224,48 @@ class Snapshot:
         return next(t for t in self.tables if t.name == name)
 
 
-class SnapshotWriter(FolderWriter):
-    """Builds one snapshot in a hidden folder and publishes it whole, or not at all.
-
-    Use as a context manager, like `ps.export.ExportWriter`.
-    """
-
-    def __init__(
-        self,
-        root: Path,
-        spec: EmbeddingSpec,
-        *,
-        step: int,
-        seed: int,
-        job: str,
-        transforms: Mapping[str, Transform] | None = None,
-    ) -> None:
-        super().__init__(SNAPSHOT, root)
-        self._spec = spec
-        self._step = step
-        self._seed = seed
-        self._job = job
-        self._transforms = dict(transforms or {})
-        self._dense: dict[str, Any] | None = None
-
-    def row_file(self, table: str) -> RowFile:
-        """The file of a table's rows, allocated and zero on first use.
-
-        Raises:
-            SnapshotError: the disk refuses.
-        """
-        return self._table_file(table, _rows_file(table))
-
-    def slot_files(self, table: str) -> dict[str, RowFile]:
-        """The files of a table's slots by name, allocated and zero on first use.
-
-        Raises:
-            SnapshotError: the disk refuses.
-        """
-        names = self._spec.table(table).optimizer.slot_names
-        return {name: self._table_file(table, _slot_file(table, name)) for name in names}
-
-    def add_dense(
-        self,
-        variables: Sequence[DenseVariable],
-        values: DenseValues,
-        *,
-        model: Mapping[str, Any],
-        optimizer: Optimizer | None,
-    ) -> None:
-        """Store the dense model.
-
-        Args:
-            variables: what the flat values are, trainable ones first.
-            values: the flat values.
-            model: how to rebuild the model, as JSON values: its name and parameters.
-            optimizer: whose slots `values` has, None without any.
-
-        Raises:
-            SnapshotError: the disk refuses.
-        """
-        trainable = [v for v in variables if v.trainable]
-        state = [v for v in variables if not v.trainable]
-        named = _unflat(trainable, values.trainable) | _unflat(state, values.state)
-        self._write_variables(DENSE_FILE, named)
-        slots = [{"name": name, "file": _dense_slot_file(name)} for name in values.slots]
-        for slot in slots:
-            with SNAPSHOT.errors(), writing(self._folder):
-                (self._folder / slot["file"]).parent.mkdir(exist_ok=True)
-            self._write_variables(slot["file"], _unflat(trainable, values.slots[slot["name"]]))
-        self._dense = {
-            "model": dict(model),
-            "variables": [asdict(v) for v in variables],
-            "optimizer": None if optimizer is None else optimizer.describe(),
-            "slots": slots,
-        }
-
-    def commit(self) -> Path:
-        """Make everything durable, publish it and point LATEST at it.
-
-        Returns:
-            The snapshot's folder.
-
-        Raises:
-            SnapshotError: there is a snapshot of this step already, or the disk refuses.
-        """
-        for table in self._spec.tables:
-            assert _rows_file(table.name) in self._row_files, "somebody wrote every table"
-        version = snapshot_name(self._step)
-        with SNAPSHOT.errors(), writing(self._root / version):
-            self._publish(version, self._manifest())
-            set_latest(self._root, version)
-        return self._root / version
-
-    def _table_file(self, table: str, file: str) -> RowFile:
-        spec = self._spec.table(table)
-        return self._allocate(file, spec.vocabulary_size, spec.dim)
-
-    def _manifest(self) -> dict[str, Any]:
-        tables = [
-            {
-                "name": t.name,
-                "vocabulary_size": t.vocabulary_size,
-                "dim": t.dim,
-                "combiner": t.combiner if isinstance(t.combiner, str) else "custom",
-                "optimizer": t.optimizer.describe(),
-                "rows": self._seal(_rows_file(t.name)),
-                "slots": [
-                    {"name": name, **self._seal(_slot_file(t.name, name))}
-                    for name in t.optimizer.slot_names
-                ],
-            }
-            for t in self._spec.tables
-        ]
-        dense = self._dense
-        if dense is not None:
-            slots = [slot | self._seal(slot["file"]) for slot in dense["slots"]]
-            dense = {**dense, **self._seal(DENSE_FILE), "slots": slots}
-        return {
-            "format_version": SNAPSHOT.format_version,
-            "version": "",
-            "job": self._job,
-            "step": self._step,
-            "seed": self._seed,
-            "created": datetime.now(UTC).isoformat(timespec="seconds"),
-            "tables": tables,
-            "features": [asdict(feature) for feature in self._spec.features],
-            "transforms": self._seal_transforms(self._transforms),
-            "dense": dense,
-        }
-
-
-def snapshot_name(step: int) -> str:
-    """The folder of a step's snapshot.
-
-    >>> snapshot_name(123)
-    'step-000000123'
-    """
-    return f"step-{step:09d}"
-
-
-def open_snapshot(path: Path, *, verify: bool = False) -> Snapshot:
-    """Open a snapshot for reading; its tables are memory-mapped when they are looked at.
+def open_snapshot(location: str | Path, *, verify: bool = False) -> Snapshot:
+    """Open a snapshot for reading; looks at the size of every file, and at no row.
 
     Args:
-        path: a snapshot's folder, or a root, whose LATEST is followed.
+        location: a snapshot's folder, or a root, whose LATEST is followed: a path, `s3://…` or
+            `gs://…`.
         verify: also compare checksums, which reads every byte.
 
     Raises:
-        SnapshotError: missing, truncated, damaged, or written by a newer Manta.
+        SnapshotError: missing, truncated, damaged, or written by a newer Manta. Names the file,
+            and other snapshots that are there.
     """
-    manifest = Manifest(SNAPSHOT, path, verify=verify)
-    values = manifest.values
+    try:
+        return _open(Manifest(SNAPSHOT, location, verify=verify))
+    except SnapshotError as e:
+        if others := _others(location):
+            raise SnapshotError(f"{e}{others}") from e
+        raise
+
+
+def load_shard(
+    snapshot: Snapshot, table: str, placement: Placement, shard: int
+) -> Iterator[tuple[int, F32, dict[str, F32]]]:
+    """Go over a table's rows that a shard owns, whatever number of shards wrote them.
+
+    Checksums are compared on the way: the rows count when the iterator has come to its end.
+
+    Args:
+        snapshot: from `open_snapshot`.
+        table: its name.
+        placement: of the table's rows now.
+        shard: whose rows are wanted.
+
+    Yields:
+        (first local row under `placement`, rows float32 [N, D], the same of every slot by name);
+        all rows once.
+
+    Raises:
+        SnapshotError: a file is damaged; names it.
+    """
     with SNAPSHOT.errors():
-        tables = [_open_table(manifest, e) for e in manifest.field(values, "tables", list)]
-    features = manifest.features({table.name: table for table in tables})
-    dense = values.get("dense")
-    return Snapshot(
-        path=manifest.folder,
-        version=manifest.version,
-        step=manifest.field(values, "step", int),
-        seed=manifest.field(values, "seed", int),
-        job=manifest.field(values, "job", str),
-        created=manifest.field(values, "created", str),
-        tables=tuple(tables),
-        features=tuple(features.values()),
-        transforms=manifest.transforms(features),
-        dense=None if dense is None else _open_dense(manifest),
-    )
+        yield from snapshot.table(table).files.load(placement, shard)
 
 
 def export_snapshot(snapshot: Snapshot, root: Path, *, dense: bool = True) -> Path:
@@ -320,29 +286,58 @@ def export_snapshot(snapshot: Snapshot, root: Path, *, dense: bool = True) -> Pa
         transforms=snapshot.transforms,
     ) as writer:
         for table in snapshot.tables:
-            fill_rows(writer.row_file(table.name), partial(read_rows, table.row_file))
+            fill_rows(writer.row_file(table.name), table.read_rows)
         if dense and snapshot.dense is not None:
             writer.add_dense(snapshot.dense.named(), snapshot.dense.model)
         return writer.commit()
 
 
-def _open_table(manifest: Manifest, entry: Any) -> SnapshotTable:
-    num_rows, dim = manifest.shape(entry)
-    rows = manifest.file(manifest.field(entry, "rows", dict))
-    slots = manifest.field(entry, "slots", list)
+def _open(manifest: Manifest) -> Snapshot:
+    values, one_file = manifest.values, manifest.format_version == 1
+    num_shards = 1 if one_file else manifest.field(values, "num_shards", int)
+    if num_shards < 1:
+        raise manifest.error(f"'num_shards' must be at least 1, got {num_shards}")
+    with SNAPSHOT.errors():
+        entries = manifest.field(values, "tables", list)
+        tables = [_open_table(manifest, entry, num_shards) for entry in entries]
+    features = manifest.features({table.name: table for table in tables})
+    fences, cursor = values.get("fences"), values.get("cursor")
+    return Snapshot(
+        location=manifest.storage.location,
+        uri=manifest.storage.uri,
+        version=manifest.version,
+        format_version=manifest.format_version,
+        step=manifest.field(values, "step", int),
+        seed=manifest.field(values, "seed", int),
+        job=manifest.field(values, "job", str),
+        created=manifest.field(values, "created", str),
+        num_shards=num_shards,
+        fences=None if fences is None else _ints(manifest, "fences"),
+        cursor=None if cursor is None else manifest.field(values, "cursor", dict),
+        tables=tuple(tables),
+        features=tuple(features.values()),
+        transforms=manifest.transforms(features),
+        dense=None if values.get("dense") is None else _open_dense(manifest),
+    )
+
+
+def _open_table(manifest: Manifest, entry: Any, num_shards: int) -> SnapshotTable:
+    shape = manifest.shape(entry)
     optimizer = manifest.field(entry, "optimizer", dict)
     manifest.field(optimizer, "name", str)
+    files: TableFiles
+    if manifest.format_version == 1:
+        files = WholeFiles.open(manifest, entry, shape)
+    else:
+        files = PartFiles.open(manifest, entry, shape, num_shards)
     return SnapshotTable(
         name=manifest.field(entry, "name", str),
-        vocabulary_size=num_rows,
-        dim=dim,
+        vocabulary_size=shape[0],
+        dim=shape[1],
         combiner=manifest.field(entry, "combiner", str),
         optimizer=optimizer,
-        row_file=open_rows(rows, num_rows, dim),
-        slot_files={
-            manifest.field(slot, "name", str): open_rows(manifest.file(slot), num_rows, dim)
-            for slot in slots
-        },
+        slot_names=files.slot_names,
+        files=files,
     )
 
 
@@ -362,6 +357,7 @@ def _open_dense(manifest: Manifest) -> SnapshotDense:
             for v in manifest.field(entry, "variables", list)
         ),
         optimizer=optimizer,
+        storage=manifest.storage,
         file=manifest.file(entry),
         slot_files={
             manifest.field(slot, "name", str): manifest.file(slot)
@@ -370,29 +366,28 @@ def _open_dense(manifest: Manifest) -> SnapshotDense:
     )
 
 
-def _mapped(file: RowFile) -> F32:
-    with SNAPSHOT.errors():
-        return map_rows(Path(file.path), file.num_rows, file.dim)
+def _ints(manifest: Manifest, key: str) -> tuple[int, ...]:
+    numbers = manifest.field(manifest.values, key, list)
+    if any(type(number) is not int for number in numbers):
+        raise manifest.error(f"'{key}' must hold ints, got {numbers!r:.80}")
+    return tuple(numbers)
 
 
-def _rows_file(table: str) -> str:
-    return f"tables/{file_name(table)}/rows.arrow"
-
-
-def _slot_file(table: str, slot: str) -> str:
-    return f"tables/{file_name(table)}/slots/{file_name(slot)}.arrow"
-
-
-def _dense_slot_file(slot: str) -> str:
-    return f"dense_slots/{file_name(slot)}.arrow"
-
-
-def _flat(arrays: Any) -> F32:
-    return np.concatenate([np.zeros(0, np.float32), *(np.ravel(a) for a in arrays)])
-
-
-def _unflat(variables: Sequence[DenseVariable], flat: F32) -> dict[str, F32]:
-    sizes = [int(np.prod(v.shape)) for v in variables]
-    assert sum(sizes) == flat.size, "the flat values are those of the variables"
-    parts = np.split(flat, np.cumsum(sizes)[:-1]) if sizes else []
-    return {v.name: p.reshape(v.shape) for v, p in zip(variables, parts, strict=True)}
+def _others(location: str | Path) -> str:
+    """What else could be opened instead of what is at `location`, as the end of a message."""
+    with suppress(StorageError, ConfigError):
+        root, bad = Storage.at(location), ""
+        if steps := complete_snapshots(root.uri):
+            with suppress(StorageError):
+                bad = read_latest(root)
+        elif SNAPSHOT.version.fullmatch(bad := name_of(root.location)):
+            root = Storage.at(parent(root.uri))
+            steps = complete_snapshots(root.uri)
+        steps = [step for step in steps if snapshot_name(step) != bad][-_MOST_NAMED:]
+        if steps:
+            folder = root.below(snapshot_name(steps[-1])).location
+            return (
+                f"; '{root.location}' has other snapshots, of steps {', '.join(map(str, steps))}: "
+                f"give the folder of one, '{folder}'"
+            )
+    return ""

@@ -24,7 +24,7 @@ def check_tables(snapshot: Snapshot, spec: EmbeddingSpec) -> None:
         ConfigError: names the first table that differs, what is there and what is wanted.
     """
     found, wanted = {t.name for t in snapshot.tables}, {t.name for t in spec.tables}
-    where = f"snapshot '{snapshot.path}'"
+    where = f"snapshot '{snapshot.location}'"
     if missing := sorted(wanted - found):
         raise ConfigError(f"{where} has no table '{missing[0]}'; it has {sorted(found)}")
     if extra := sorted(found - wanted):
@@ -46,7 +46,7 @@ def check_dense(
         return
     check_variables(snapshot, dense, variables)
     if dense.optimizer is not None:
-        where = f"snapshot '{snapshot.path}': the dense model"
+        where = f"snapshot '{snapshot.location}': the dense model"
         _check_optimizer(dense.optimizer, tuple(dense.slot_files), optimizer, where)
 
 
@@ -60,7 +60,7 @@ def check_variables(
     Raises:
         ConfigError: names the first variable that differs.
     """
-    where = f"snapshot '{snapshot.path}'"
+    where = f"snapshot '{snapshot.location}'"
     if len(dense.variables) != len(variables):
         raise ConfigError(
             f"{where}: the dense model has {len(dense.variables)} variables, "
@@ -78,7 +78,7 @@ def _check_table(snapshot: Snapshot, table: TableSpec, where: str) -> None:
     seen, wanted = [found.vocabulary_size, found.dim], [table.vocabulary_size, table.dim]
     if seen != wanted:
         raise ConfigError(f"{where} is {seen}, the job has {wanted}")
-    _check_optimizer(found.optimizer, tuple(found.slot_files), table.optimizer, where)
+    _check_optimizer(found.optimizer, found.slot_names, table.optimizer, where)
 
 
 def _check_optimizer(

@@ -1,7 +1,7 @@
 """Compile (or load from the cache) every kernel a shard needs before it says it is ready.
 
 Not a list of kernels, which would fall behind: a shard of the same tables and optimizers, with one
-row each, takes one step of all workers.
+row each, takes one step of all workers. If it will be cut and logged, so is that one.
 """
 
 from __future__ import annotations
@@ -12,7 +12,8 @@ from typing import Any, cast
 import numpy as np
 
 from ps.custom_optimizer import CustomOptimizer
-from ps.messages import Bags, Pull, Push, no_weights
+from ps.cut import Cut
+from ps.messages import Bags, LogEntry, Pull, Push, no_weights
 from ps.optimizers import SGD, Optimizer
 from ps.shard import ShardSpec, ShardState
 from ps.spec import TableSpec
@@ -30,9 +31,19 @@ def warm_up(spec: ShardSpec) -> None:
     grads = tuple(np.zeros((1, table.dim), dtype=np.float32) for table in embedding.tables)
     one_bag = Bags(np.array([0, 1], dtype=np.int64), no_weights())
     bags = tuple(one_bag if t.name in spec.combined else None for t in embedding.tables)
+    cuts, entries = list[Cut](), list[LogEntry]()
+    if spec.history:
+        shard.on_version = entries.append
+        shard.arm_cut(0, cuts.append)
     for worker in range(spec.num_workers):
         shard.push(Push(worker, 0, first, grads, np.zeros(1, dtype=np.float32), None, bags))
     shard.pull(Pull(0, 1, 1, first, bags), lambda rows: None)
+    if spec.history:
+        cuts[0].next_piece()
+        if spec.mode == "sync":
+            shard.pull(Pull(0, 1, 0, first, bags), lambda rows: None)
+        fences, version = (2,) * spec.num_workers, shard.entries_applied + 1
+        shard.apply_entry(replace(entries[-1], version=version, fences=fences))
 
 
 def _one_row(table: TableSpec) -> TableSpec:

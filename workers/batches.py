@@ -3,7 +3,11 @@
 The order is a function of (seed, epoch, number of workers). Row groups are put in a random order
 and laid end to end; worker w reads the w-th of `num_workers` equal spans of that sequence (reading
 a row group on the border twice is cheaper than uneven workers), and mixes its rows within windows
-of `shuffle_rows`. An incomplete last batch is left out in training and padded in evaluation.
+of `shuffle_rows`. An incomplete last batch is left out in training and padded in evaluation. A
+"worker" is a rank of the job here: one process may read for several.
+
+A place in the input is the number of an epoch and of a batch in it: reading on from there draws the
+same random numbers as reading up to there, but reads none of the windows that lie before.
 
 A window becomes NumPy as a whole, without a copy where Arrow allows; batches are views of it.
 """
@@ -132,14 +136,16 @@ class ExampleReader:
         """Full batches that every worker has in an epoch; `batch_size` is per worker."""
         return self.num_rows // self._num_workers // batch_size
 
-    def epoch(self, epoch: int, batch_size: int) -> Iterator[Batch]:
-        """The full batches of this worker in one epoch, mixed."""
-        steps = self.steps_per_epoch(batch_size)
+    def epoch(self, epoch: int, batch_size: int, first_batch: int = 0) -> Iterator[Batch]:
+        """The full batches of this worker in one epoch, mixed, from `first_batch` on."""
+        steps = self.steps_per_epoch(batch_size) - first_batch
+        if steps <= 0:
+            return
         order = np.random.default_rng([self._seed, 0, epoch]).permutation(len(self._groups))
         share = self.num_rows // self._num_workers
         pieces = self._span(order, self._worker * share, (self._worker + 1) * share)
         rng = np.random.default_rng([self._seed, 1, epoch, self._worker])
-        windows = (self._mixed(window, rng) for window in self._windows(pieces))
+        windows = self._mixed(pieces, rng, first_batch * batch_size)
         with Prefetched(windows, self._ahead, name="windows") as ready:
             batches = _rebatched(ready, batch_size)
             yield from (batch for _, batch in zip(range(steps), batches, strict=False))
@@ -179,10 +185,20 @@ class ExampleReader:
         if window:
             yield window
 
-    def _mixed(self, window: Sequence[_Piece], rng: np.random.Generator) -> Batch:
-        parts = [self._read(piece) for piece in window]
-        num_rows = sum(part.num_examples for part in parts)
-        return _joined(parts, rng.permutation(num_rows) if self._data.shuffle_rows else None)
+    def _mixed(
+        self, pieces: Sequence[_Piece], rng: np.random.Generator, skip: int
+    ) -> Iterator[Batch]:
+        """The windows, each mixed, without the first `skip` rows of all that would come."""
+        for window in self._windows(pieces):
+            num_rows = sum(piece.stop - piece.start for piece in window)
+            # Also of a window that is skipped: those behind it must find the same numbers.
+            order = rng.permutation(num_rows) if self._data.shuffle_rows else None
+            if num_rows <= skip:
+                skip -= num_rows
+                continue
+            first, skip = skip, 0
+            # No name for the window, which would keep it in memory while the next one is read.
+            yield _sliced(_joined([self._read(piece) for piece in window], order), first, num_rows)
 
     def _to_batch(self, table: pa.Table) -> Batch:
         bags: dict[str, Ragged | Positions] = {

@@ -9,9 +9,8 @@ from pathlib import Path
 from typing import Any, Literal
 
 from ps.columns import ColumnConfigs, Transform, configs_from_columns
-from ps.config import Combiner, CustomCombiner, FeatureConfig, QuantizationConfig, TableConfig
+from ps.config import CustomCombiner
 from ps.errors import ConfigError
-from ps.initializers import Initializer
 from ps.loading import build, load_yaml
 from ps.optimizers import SGD, Optimizer
 from ps.shard import Mode
@@ -19,9 +18,30 @@ from ps.spec import EmbeddingSpec, resolve
 from ps.wire.messages import WireDtype
 from ps.wire.transport import TransportName
 from workers.column_entries import embedding_columns
-from workers.modes import check_mode
+from workers.entries import FeatureEntry, TableEntry
+from workers.modes import check_mode, check_ranks
+from workers.recovery_config import (
+    RecoveryConfig,
+    absolute,
+    check_recovery,
+    location,
+)
 from workers.shapes import check_trainable, uses_weights
 from workers.shard_bags import check_combined_on_shards
+
+__all__ = [
+    "ClusterConfig",
+    "DataConfig",
+    "FeatureEntry",
+    "JobConfig",
+    "Loss",
+    "ModelConfig",
+    "OutputConfig",
+    "RecoveryConfig",
+    "TableEntry",
+    "TrainConfig",
+    "load_job",
+]
 
 Loss = Literal["mse", "bce"]
 
@@ -50,74 +70,6 @@ class DataConfig:
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
-class TableEntry:
-    """One table; the keys are those of `TableConfig`."""
-
-    vocabulary_size: int
-    dim: int
-    combiner: Combiner | CustomCombiner = "mean"
-    initializer: Initializer | None = None
-    optimizer: Optimizer | None = None
-    quantization_config: QuantizationConfig | None = None
-    combine_on: Literal["worker", "shard"] = "worker"
-    """Where the rows of a bag become one vector. `shard` sends parts of sums instead of rows, which
-    is less where bags are long; the last bits then depend on the number of shards."""
-
-    def table_config(self, name: str) -> TableConfig:
-        """The entry as the table of that name.
-
-        Raises:
-            ConfigError: names the table and the argument.
-        """
-        try:
-            return TableConfig(
-                vocabulary_size=self.vocabulary_size,
-                dim=self.dim,
-                initializer=self.initializer,
-                optimizer=self.optimizer,
-                combiner=self.combiner,
-                name=name,
-                quantization_config=self.quantization_config,
-            )
-        except ConfigError as e:
-            raise ConfigError(f"tables.{name}: {e}") from None
-
-
-@dataclass(frozen=True, slots=True, kw_only=True)
-class FeatureEntry:
-    """One feature; the keys are those of `FeatureConfig`, and the columns it reads."""
-
-    table: str
-    column: str | None = None
-    """Integer or list-of-integers column; None is the feature's own name."""
-    weights: str | None = None
-    """List column with one weight per id, None for no weights. In a sequence they matter to `sum`
-    above all (see `uses_weights`); and serving, as TensorFlow's, takes none for sequences."""
-    max_sequence_length: int = 0
-    validate_weights_and_indices: bool = True
-    output_shape: int | tuple[int, ...] | None = None
-    """For a worker's batch of B examples: B vectors in all, or a multiple."""
-    tensor_core_shape: tuple[int | None, ...] | None = None
-
-    def feature_config(self, name: str, table: TableConfig) -> FeatureConfig:
-        """The entry as a feature of that table.
-
-        Raises:
-            ConfigError: names the feature and the argument.
-        """
-        try:
-            return FeatureConfig(
-                table,
-                self.max_sequence_length,
-                self.validate_weights_and_indices,
-                self.output_shape,
-                tensor_core_shape=self.tensor_core_shape,
-            )
-        except ConfigError as e:
-            raise ConfigError(f"features.{name}: {e}") from None
-
-
-@dataclass(frozen=True, slots=True, kw_only=True)
 class ModelConfig:
     """The dense model: one of ours by name, or `package.module:function` of your own."""
 
@@ -138,18 +90,22 @@ class TrainConfig:
 
     epochs: int = 1
     batch_size: int = 1024
-    """Examples per step over all workers together."""
+    """Examples per step over all ranks together."""
+    ranks: int | None = None
+    """Equal parts of a batch, each with its own gradients; None for one per worker. A worker takes
+    every `cluster.workers`-th of them. Results depend on this number, and not on that of workers:
+    set it where workers may become more or fewer."""
     loss: Loss = "mse"
     optimizer: Optimizer = field(default_factory=SGD)
     """For tables without one of their own."""
     dense_optimizer: Optimizer = field(default_factory=SGD)
     """For the variables of the dense model."""
     mode: Mode = "sync"
-    """`sync`: all workers' gradients of a step make one version, and results have the same bits in
-    every run. `async`: each worker's gradients are applied when they arrive."""
+    """`sync`: all ranks' gradients of a step make one version, and results have the same bits in
+    every run. `async`: each rank's gradients are applied when they arrive."""
     lookahead: int = 0
     """Steps by which a worker asks for rows ahead. In sync mode, step t reads version t - lookahead
-    of every row; 0 is strictly synchronous."""
+    of every row (or a newer one, see `recovery.snapshot_every`); 0 is strictly synchronous."""
     max_staleness: int | None = None
     """Async mode, where it must be set: steps that a worker may be ahead of the slowest one."""
     cached_rows: int = 0
@@ -160,16 +116,18 @@ class TrainConfig:
     """How rows and gradients travel between workers and shards: `bfloat16` and `float16` are half
     as many bytes, with 8 and 11 bits of precision."""
     reduction: Literal["mean", "sum"] = "mean"
-    """How the workers' gradients become one; each worker's loss is a mean over its batch."""
+    """How the ranks' gradients become one; each rank's loss is a mean over its part of a batch."""
     clip_predictions: tuple[float, ...] | None = None
     """[low, high]: predictions are cut to this range in evaluation (ratings have one)."""
     report_every: int = 50
     """Steps between progress reports."""
-    start_from: Path | None = None
+    start_from: str | Path | None = None
     """Snapshot, or root whose LATEST is followed: rows, slots, dense values and the number of steps
-    that the run starts with. It reads the input from the start, for `epochs` epochs."""
+    that the run starts with. It reads the input from the start, for `epochs` epochs. A folder,
+    s3://… or gs://…."""
 
     def __post_init__(self) -> None:
+        object.__setattr__(self, "start_from", location("start_from", self.start_from))
         for name in ("epochs", "batch_size", "report_every"):
             if getattr(self, name) < 1:
                 raise ConfigError(f"{name} must be at least 1, got {getattr(self, name)}")
@@ -247,10 +205,12 @@ class OutputConfig:
     """JSON-lines file with one object per progress report and one at the end."""
     metrics_every_step: bool = False
     """Whether that file also gets one object per step and worker."""
-    snapshot: Path | None = None
-    """Snapshot root; every finished run adds one, named by its last step."""
+    snapshot: str | Path | None = None
+    """Snapshot root: a folder, s3://… or gs://…. Every finished run adds a snapshot, named by its
+    last step; `recovery` adds more of them on the way."""
 
     def __post_init__(self) -> None:
+        object.__setattr__(self, "snapshot", location("snapshot", self.snapshot))
         if self.metrics_every_step and self.metrics is None:
             raise ConfigError("metrics_every_step needs `metrics`, the file to write to")
 
@@ -271,6 +231,7 @@ class JobConfig:
     train: TrainConfig = field(default_factory=TrainConfig)
     cluster: ClusterConfig = field(default_factory=ClusterConfig)
     output: OutputConfig = field(default_factory=OutputConfig)
+    recovery: RecoveryConfig = field(default_factory=RecoveryConfig)
 
     def __post_init__(self) -> None:
         if self.seed < 0:
@@ -298,11 +259,8 @@ class JobConfig:
         unused = set(self.tables) - {f.table for f in self.features.values()}
         if unused:
             raise ConfigError(f"tables.{min(unused)}: no feature uses this table")
-        if self.train.batch_size % self.cluster.workers:
-            raise ConfigError(
-                f"train.batch_size {self.train.batch_size} is not a multiple of "
-                f"cluster.workers {self.cluster.workers}"
-            )
+        check_ranks(self.train.batch_size, self.train.ranks, self.cluster.workers)
+        check_recovery(self.recovery, self.output)
 
     @property
     def num_cpus(self) -> float:
@@ -312,9 +270,14 @@ class JobConfig:
         return shards + cluster.workers * cluster.worker_resources.get("CPU", 0.0)
 
     @property
+    def num_ranks(self) -> int:
+        """Parts that a batch is cut into."""
+        return self.train.ranks or self.cluster.workers
+
+    @property
     def worker_batch_size(self) -> int:
-        """Examples per step and worker."""
-        return self.train.batch_size // self.cluster.workers
+        """Examples per step and rank: what shards and the dense model know as a worker's batch."""
+        return self.train.batch_size // self.num_ranks
 
     def with_absolute_paths(self) -> JobConfig:
         """The same job for actors, whose working folder is not the driver's."""
@@ -322,10 +285,11 @@ class JobConfig:
         return replace(
             self,
             data=replace(data, train=data.train.absolute(), test=_absolute(data.test)),
-            train=replace(train, start_from=_absolute(train.start_from)),
+            train=replace(train, start_from=absolute(train.start_from)),
             output=replace(
-                output, export=_absolute(output.export), snapshot=_absolute(output.snapshot)
+                output, export=_absolute(output.export), snapshot=absolute(output.snapshot)
             ),
+            recovery=replace(self.recovery, log=_absolute(self.recovery.log)),
         )
 
     def column_configs(self) -> ColumnConfigs:

@@ -82,6 +82,12 @@ class DenseStep:
         self._predict_all = tf.function(self._predict_on_replicas)
         self._assign = tf.function(self._load)
 
+    @property
+    def non_trainable(self) -> Sequence[Any]:
+        """All variables of the model that are not trained, those that no shard keeps too."""
+        found: Sequence[Any] = self._model.non_trainable_variables
+        return found
+
     def initial(self) -> tuple[F32, F32]:
         """First values: float32 [P] trainable and [S] non-trainable, flat."""
         return _flat(self._trainable), _flat(self._state)

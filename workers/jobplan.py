@@ -2,19 +2,27 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator
+from collections.abc import Iterator, Mapping
 from contextlib import contextmanager
 from dataclasses import dataclass, replace
 from pathlib import Path
+from typing import Any
 
 from ps.errors import ConfigError, JobError
 from ps.export import EXPORT
 from ps.export_file import check_writable
-from ps.snapshot import SNAPSHOT, Snapshot, open_snapshot, snapshot_name
+from ps.snapshot import (
+    SNAPSHOT,
+    Snapshot,
+    complete_snapshots,
+    open_snapshot,
+    snapshot_location,
+)
 from ps.start import check_tables
 from workers.batches import ExampleReader
 from workers.config import JobConfig
 from workers.raw_inputs import column_inputs
+from workers.recovery_config import lies_in
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -27,7 +35,13 @@ class JobPlan:
     test_rows: int
     steps_per_epoch: int
     first_step: int = 0
-    """Steps that the snapshot it starts from has behind it."""
+    """Steps that the snapshot it starts from has behind it: its input begins with this step."""
+    resume_step: int = 0
+    """Steps behind the shards when they start: `first_step`, or more where an earlier run of the
+    same job has made some of them."""
+
+    def __post_init__(self) -> None:
+        object.__setattr__(self, "resume_step", max(self.first_step, self.resume_step))
 
     @property
     def total_steps(self) -> int:
@@ -54,7 +68,7 @@ def plan_job(job: JobConfig) -> JobPlan:
         job.data,
         job.features,
         columns,
-        num_workers=job.cluster.workers,
+        num_workers=job.num_ranks,
         seed=job.seed,
     )
     steps = reader.steps_per_epoch(job.worker_batch_size)
@@ -70,9 +84,10 @@ def plan_job(job: JobConfig) -> JobPlan:
         _check_output("export", job.output.export)
     with SNAPSHOT.errors():
         _check_output("snapshot", job.output.snapshot)
+    _check_start(job)
     snapshot = start_snapshot(job)
     if snapshot is not None:
-        job = replace(job, train=replace(job.train, start_from=snapshot.path))
+        job = replace(job, train=replace(job.train, start_from=snapshot.location))
     plan = JobPlan(
         job=job,
         train_rows=reader.num_rows,
@@ -80,18 +95,117 @@ def plan_job(job: JobConfig) -> JobPlan:
         steps_per_epoch=steps,
         first_step=0 if snapshot is None else snapshot.step,
     )
-    root = job.output.snapshot
-    if root is not None and (taken := root / snapshot_name(plan.last_step)).exists():
-        raise ConfigError(f"output.snapshot: there is '{taken}' already, of another run")
+    _check_snapshots(plan)
     return plan
 
 
-def _check_output(key: str, root: Path | None) -> None:
+def bunch_ends(plan: JobPlan) -> list[int]:
+    """Where workers stop for a report or a snapshot; ascending, the last is `plan.last_step`.
+
+    They are multiples of `train.report_every` and `recovery.snapshot_every`, whatever step the run
+    began with: so it has the same ones when it is resumed.
+    """
+    every = [plan.job.train.report_every, plan.job.recovery.boundary_every]
+    span = range(plan.first_step + 1, plan.last_step)
+    ends = {end for n in every if n for end in span[-span.start % n :: n]}
+    return [*sorted(ends), plan.last_step]
+
+
+def cursor(plan: JobPlan) -> dict[str, Any]:
+    """What, with the number of steps behind it, says which examples a run has had. JSON values."""
+    job = plan.job
+    return {
+        "first_step": plan.first_step,
+        "ranks": job.num_ranks,
+        "batch_size": job.train.batch_size,
+        "seed": job.seed,
+        "steps_per_epoch": plan.steps_per_epoch,
+        "train_rows": plan.train_rows,
+    }
+
+
+def check_cursor(found: Mapping[str, Any], plan: JobPlan) -> None:
+    """See that a run can go on at `plan.resume_step`, which a snapshot with this cursor is at.
+
+    Raises:
+        ConfigError: it would show other examples than the run would have; names what differs.
+    """
+    wanted = cursor(plan)
+    for key, name in _CURSOR_NAMES.items():
+        if found.get(key) != wanted[key]:
+            raise ConfigError(
+                f"{name}: the snapshot of step {plan.resume_step} is of a run with "
+                f"{found.get(key)}, this one has {wanted[key]}; go on with the same, or give the "
+                "job another name and output.snapshot to start a new one"
+            )
+    ranks, behind = found.get("ranks"), plan.resume_step - plan.first_step
+    if ranks == wanted["ranks"]:
+        return
+    if plan.job.train.mode == "async" or behind % plan.steps_per_epoch:
+        # Each rank reads a part of its own. In the middle of an epoch other parts would show some
+        # of its examples again and others never; async shards know their place rank by rank.
+        raise ConfigError(
+            f"train.ranks: the snapshot of step {plan.resume_step} is of a run with {ranks} ranks, "
+            f"this one has {wanted['ranks']}, and each reads its own part of an epoch; set "
+            f"train.ranks to {ranks}: the number of workers may still be another"
+        )
+
+
+_CURSOR_NAMES = {
+    "first_step": "train.start_from",
+    "batch_size": "train.batch_size",
+    "seed": "seed",
+    "train_rows": "data.train",
+    "steps_per_epoch": "data.train",
+}
+
+
+def _check_snapshots(plan: JobPlan) -> None:
+    """See that this run's snapshots have a place that is not another run's."""
+    job, root = plan.job, plan.job.output.snapshot
+    if root is None:
+        return
+    steps = complete_snapshots(root)
+    taken = snapshot_location(root, plan.last_step)
+    if not job.recovery.durable:
+        if plan.last_step in steps:
+            raise ConfigError(f"output.snapshot: there is '{taken}' already, of another run")
+        return
+    for step in steps:
+        other = open_snapshot(snapshot_location(root, step))
+        if other.job != job.name:
+            # Not only in the way of a snapshot of the same step: older ones are removed.
+            raise ConfigError(
+                f"output.snapshot: '{other.location}' is of job '{other.job}', but recovery.keep "
+                f"is about all snapshots there; give job '{job.name}' a root of its own"
+            )
+        if step == plan.last_step and other.cursor is None:
+            raise ConfigError(
+                f"output.snapshot: there is '{taken}' already, of a run that cannot be resumed"
+            )
+
+
+def _check_start(job: JobConfig) -> None:
+    """See that what the run starts from will be the same when its driver is started again."""
+    start, root = job.train.start_from, job.output.snapshot
+    if not job.recovery.durable or start is None or root is None:
+        return
+    if lies_in(start, root):
+        # LATEST would then be a snapshot of this very run: where its input began could not be
+        # known any more.
+        raise ConfigError(
+            f"train.start_from: '{start}' lies in output.snapshot, from which a job with a "
+            "durability goes on by itself; leave it out, or give output.snapshot another root"
+        )
+
+
+def _check_output(key: str, root: str | Path | None) -> None:
     """Find out now, not after the training, that an output cannot be kept.
 
-    Under `ray job submit --working-dir`, the working folder is a copy that Ray deletes.
+    Under `ray job submit --working-dir`, the working folder is a copy that Ray deletes. Object
+    stores are not tried.
     """
-    if root is None:
+    if not isinstance(root, Path):
         return
     if not root.is_absolute() and "_ray_pkg_" in str(Path.cwd()):
         raise ConfigError(

@@ -1,10 +1,15 @@
-"""Which options go with sync mode, and which with async."""
+"""Which options go with sync mode, and which with async; and how a batch is cut into ranks."""
 
 from __future__ import annotations
+
+from collections.abc import Sequence
+from typing import TypeVar
 
 from ps.errors import ConfigError
 from ps.reduction import Reduction
 from ps.shard import Mode
+
+T = TypeVar("T")
 
 
 def check_mode(
@@ -43,3 +48,40 @@ def check_mode(
         raise ConfigError(
             f"cached_rows and cache_max_age go together, got {cached_rows} and {cache_max_age}"
         )
+
+
+def check_ranks(batch_size: int, ranks: int | None, workers: int) -> None:
+    """See that a batch is cut into equal parts, and that every worker gets some.
+
+    Raises:
+        ConfigError: names the option, its value and what is wanted.
+    """
+    if ranks is not None and ranks < 1:
+        raise ConfigError(f"train.ranks must be at least 1, got {ranks}")
+    parts, key = (workers, "cluster.workers") if ranks is None else (ranks, "train.ranks")
+    if batch_size % parts:
+        raise ConfigError(f"train.batch_size {batch_size} is not a multiple of {key} {parts}")
+    if workers > parts:
+        raise ConfigError(
+            f"cluster.workers {workers} is more than train.ranks {ranks}: a worker would have "
+            "nothing to do"
+        )
+
+
+def ranks_of(worker: int, workers: int, ranks: int) -> range:
+    """The ranks that run on a worker, one after the other within a step.
+
+    >>> [list(ranks_of(worker, 2, 5)) for worker in range(2)]
+    [[0, 2, 4], [1, 3]]
+    """
+    return range(worker, ranks, workers)
+
+
+def in_rank_order(by_worker: Sequence[Sequence[T]]) -> list[T]:
+    """What workers gave, each for its ranks in order, as one list by rank.
+
+    >>> in_rank_order([["a0", "a2", "a4"], ["b1", "b3"]])
+    ['a0', 'b1', 'a2', 'b3', 'a4']
+    """
+    ranks, workers = sum(map(len, by_worker)), len(by_worker)
+    return [by_worker[rank % workers][rank // workers] for rank in range(ranks)]

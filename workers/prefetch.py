@@ -56,7 +56,10 @@ class Prefetched(AbstractContextManager["Prefetched[T]"], Iterator[T]):
             raise StopIteration
         start = self._clock()
         try:
-            return next(self._source) if self._thread is None else self._queue.take()
+            if self._thread is not None:
+                return self._queue.take()
+            self._queue.check()
+            return next(self._source)
         finally:
             self.waited_s += self._clock() - start
 
@@ -74,6 +77,13 @@ class Prefetched(AbstractContextManager["Prefetched[T]"], Iterator[T]):
         close = getattr(self._source, "close", None)
         if close is not None:
             close()
+
+    def fail(self, error: BaseException) -> None:
+        """Let whoever waits for an item, and whoever asks for one, get this error; any thread may.
+
+        The source may be stuck: it is not waited for.
+        """
+        self._queue.fail(error)
 
     def __exit__(self, *_: object) -> None:
         self.close()
@@ -94,6 +104,7 @@ class _Queue(Generic[T]):
         self._items: deque[T | _End] = deque()
         self._changed = threading.Condition()
         self._closed = False
+        self._failure: BaseException | None = None
 
     def wait_for_room(self) -> bool:
         """Wait until fewer than `depth` items lie here; False if no more are wanted."""
@@ -111,6 +122,7 @@ class _Queue(Generic[T]):
         """The next item; at the end what the source raised, and StopIteration from then on."""
         with self._changed:
             self._changed.wait_for(lambda: self._items or self._closed)
+            self.check()
             item = self._items.popleft() if self._items else _End(None)
             if isinstance(item, _End):
                 self._items.append(_End(None))
@@ -118,11 +130,19 @@ class _Queue(Generic[T]):
             self._changed.notify()
         return item
 
+    def check(self) -> None:
+        if self._failure is not None:
+            raise self._failure
+
+    def fail(self, error: BaseException) -> None:
+        self._failure = error
+        self.close()
+
     def close(self) -> None:
         with self._changed:
             self._closed = True
             self._items.clear()
-            self._changed.notify()
+            self._changed.notify_all()
 
 
 def _fill(source: Iterator[T], queue: _Queue[T]) -> None:

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import contextlib
-from dataclasses import fields
+from dataclasses import asdict, fields
 from pathlib import Path
 from types import TracebackType
 from typing import TYPE_CHECKING, Any, Self, TextIO
@@ -16,13 +16,16 @@ from rich.table import Table
 
 from ps.errors import JobError
 from workers.jobplan import JobPlan
+from workers.listener import Listener
+from workers.recovery import Recovery
 from workers.report import CAUSES, Cause, Progress, StepRecord
 
 if TYPE_CHECKING:  # it needs Ray, which nothing here does
     from workers.job import TrainResult
+    from workers.snapshots import SnapshotReport
 
 
-class LiveDisplay:
+class LiveDisplay(Listener):
     """A progress bar with the figures of the last report."""
 
     def __init__(self, console: Console) -> None:
@@ -55,6 +58,18 @@ class LiveDisplay:
             figures=_figures(progress),
         )
 
+    def resumed(self, step: int) -> None:
+        """See `Listener`."""
+        self._console.print(_resumed_line(step))
+
+    def snapshot_failed(self, step: int, error: str) -> None:
+        """See `Listener`."""
+        self._console.print(_failed_line(step, error), style="yellow")
+
+    def recovered(self, recovery: Recovery) -> None:
+        """See `Listener`."""
+        self._console.print(_recovery_line(recovery), style="yellow")
+
     def finished(self, result: TrainResult) -> None:
         """See `Listener`."""
         self.close()
@@ -65,7 +80,7 @@ class LiveDisplay:
         self._bar.stop()
 
 
-class PlainLines:
+class PlainLines(Listener):
     """One line per report, for logs and `ray job submit`."""
 
     def __init__(self, console: Console) -> None:
@@ -79,6 +94,23 @@ class PlainLines:
         """See `Listener`."""
         self._print(f"step {progress.step} epoch {progress.epoch} {_figures(progress)}")
 
+    def resumed(self, step: int) -> None:
+        """See `Listener`."""
+        self._print(_resumed_line(step))
+
+    def snapshot(self, report: SnapshotReport) -> None:
+        """See `Listener`."""
+        size, rate = report.size_bytes / 2**20, report.size_bytes / 2**20 / report.seconds
+        self._print(f"snapshot of step {report.step}: {size:.1f} MiB, {rate:.0f} MiB/s")
+
+    def snapshot_failed(self, step: int, error: str) -> None:
+        """See `Listener`."""
+        self._print(_failed_line(step, error))
+
+    def recovered(self, recovery: Recovery) -> None:
+        """See `Listener`."""
+        self._print(_recovery_line(recovery))
+
     def finished(self, result: TrainResult) -> None:
         """See `Listener`."""
         for name, value in _result_rows(result):
@@ -91,14 +123,16 @@ class PlainLines:
         self._console.print(line, highlight=False, markup=False, soft_wrap=True)
 
 
-class MetricsFile:
-    """One JSON object per report; the last one has `"event"` "finished" or "failed".
+class MetricsFile(Listener):
+    """One JSON object per event; the last one has `"event"` "finished" or "failed".
+
+    A job that can go on where it ended adds to the file; any other writes it anew.
 
     Reports that kept their steps give one "step" object per step and worker before their own.
     """
 
     def __init__(self, path: Path) -> None:
-        """Name the file; it is written anew when the job starts."""
+        """Name the file; it is opened when the job starts."""
         self._path = path
         self._file: TextIO | None = None
 
@@ -127,9 +161,10 @@ class MetricsFile:
         Raises:
             JobError: the file cannot be written.
         """
+        goes_on = plan.job.recovery.durability != "none"
         try:
             self._path.parent.mkdir(parents=True, exist_ok=True)
-            self._file = self._path.open("w", encoding="utf-8")
+            self._file = self._path.open("a" if goes_on else "w", encoding="utf-8")
         except OSError as e:
             raise self._failed(e) from None
         self._write(
@@ -158,6 +193,22 @@ class MetricsFile:
         ]
         self._append("".join(lines) + _line("progress", **_progress_fields(progress)))
 
+    def resumed(self, step: int) -> None:
+        """See `Listener`; raises as `progress`."""
+        self._write("resumed", step=step)
+
+    def snapshot(self, report: SnapshotReport) -> None:
+        """See `Listener`; raises as `progress`."""
+        self._write("snapshot", **asdict(report))
+
+    def snapshot_failed(self, step: int, error: str) -> None:
+        """See `Listener`; raises as `progress`."""
+        self._write("snapshot_failed", step=step, error=error)
+
+    def recovered(self, recovery: Recovery) -> None:
+        """See `Listener`; raises as `progress`."""
+        self._write("recovered", **asdict(recovery))
+
     def finished(self, result: TrainResult) -> None:
         """See `Listener`.
 
@@ -172,6 +223,9 @@ class MetricsFile:
             metrics=result.metrics,
             export=None if result.export is None else str(result.export),
             snapshot=None if result.snapshot is None else str(result.snapshot),
+            resumed_step=result.resumed_step,
+            recoveries=len(result.recoveries),
+            duplicates_dropped=sum(shard.duplicates_dropped for shard in result.shards),
         )
 
     def _write(self, event: str, **values: Any) -> None:
@@ -239,6 +293,22 @@ def _figures(p: Progress) -> str:
     )
 
 
+def _resumed_line(step: int) -> str:
+    return f"going on at step {step:,}, where an earlier run ended"
+
+
+def _failed_line(step: int, error: str) -> str:
+    return f"no snapshot of step {step}: {error}"
+
+
+def _recovery_line(r: Recovery) -> str:
+    return (
+        f"recovered at step {r.step:,} in {r.total_s:.1f} s ({r.action.replace('_', ' ')} from "
+        f"step {r.restored_step:,}, {r.steps_replayed:,} steps again; restart {r.restart_s:.1f} s, "
+        f"restore {r.restore_s + r.log_s:.1f} s, replay {r.replay_s:.1f} s): {r.cause}"
+    )
+
+
 def _result_rows(result: TrainResult) -> list[tuple[str, str]]:
     memory = sum(s.size_bytes for s in result.shards)
     rows = sum(s.num_rows for s in result.shards)
@@ -249,6 +319,9 @@ def _result_rows(result: TrainResult) -> list[tuple[str, str]]:
         ("examples/s", f"{result.examples / result.train_s:,.0f}"),
         ("tables", f"{rows:,} rows, {memory / 2**20:.1f} MiB with slots"),
     ]
+    if result.recoveries:
+        slowest = max(recovery.total_s for recovery in result.recoveries)
+        lines.append(("recoveries", f"{len(result.recoveries)}, the longest {slowest:.1f} s"))
     lines += [(f"test {name}", f"{value:.4f}") for name, value in result.metrics.items()]
     if result.export is not None:
         lines.append(("export", str(result.export)))

@@ -12,6 +12,7 @@ from typing import Any
 
 from ps.messages import ShardStats
 from workers.jobplan import JobPlan
+from workers.listener import Listener
 from workers.report import CAUSES, Progress, StepReport
 
 _log = logging.getLogger(__name__)
@@ -49,7 +50,7 @@ _HISTOGRAMS: dict[str, tuple[str, tuple[str, ...], list[float]]] = {
 }
 
 
-class Prometheus:
+class Prometheus(Listener):
     """A `Listener` that counts into Ray's metrics; whatever goes wrong there, the run goes on."""
 
     def __init__(self, job_name: str, kinds: Any = None) -> None:

@@ -1,8 +1,8 @@
 """What a step took, what a number of steps took, and what a run says of it. Pure.
 
 The loop measures with a `StepClock` and makes one `StepRecord` per step. A worker sends the driver
-a `StepReport` over many of them; the driver makes one `Progress` of all workers' reports and the
-shards' counters.
+a `StepReport` over many of them for each of its ranks; the driver makes one `Progress` of all
+ranks' reports and the shards' counters.
 """
 
 from __future__ import annotations
@@ -103,13 +103,13 @@ class ShardTraffic:
 
 @dataclass(frozen=True, slots=True)
 class StepRecord:
-    """One step of one worker."""
+    """One step of one rank."""
 
     step: int
     """From 0; the step that makes version step + 1."""
     examples: int
     loss: float
-    """Mean over the worker's batch."""
+    """Mean over the rank's part of the batch."""
     ids: int
     """Ids looked up."""
     rows: int
@@ -126,15 +126,60 @@ class StepRecord:
         return sum(self.seconds)
 
 
+class Steps:
+    """Steps of one rank, summed up as they come; held as well only with `keep`."""
+
+    def __init__(self, *, keep: bool = False) -> None:
+        self._keep = keep
+        self._steps = self._examples = self._ids = self._rows = 0
+        self._loss = 0.0
+        self._seconds = [0.0] * len(CAUSES)
+        self._staleness: Counter[int] = Counter()
+        self._times: list[float] = []
+        self._traffic = ShardTraffic()
+        self._kept: list[StepRecord] = []
+
+    def add(self, record: StepRecord) -> None:
+        """One more."""
+        self._steps += 1
+        self._examples += record.examples
+        self._loss += record.loss
+        self._ids += record.ids
+        self._rows += record.rows
+        for i, s in enumerate(record.seconds):
+            self._seconds[i] += s
+        self._staleness[max(0, record.staleness)] += 1
+        self._times.append(record.total_s)
+        self._traffic = self._traffic.plus(record.traffic)
+        if self._keep:
+            self._kept.append(record)
+
+    def sums(self) -> dict[str, Any]:
+        """The fields of their `StepReport`."""
+        oldest = max(self._staleness, default=-1)
+        return {
+            "steps": self._steps,
+            "examples": self._examples,
+            "loss": self._loss,
+            "ids": self._ids,
+            "rows": self._rows,
+            "seconds": tuple(self._seconds),
+            "staleness": tuple(self._staleness[s] for s in range(oldest + 1)),
+            "step_times_s": tuple(self._times),
+            "traffic": self._traffic,
+            "records": tuple(self._kept),
+        }
+
+
 @dataclass(frozen=True, slots=True, kw_only=True)
 class StepReport:
     """What was done in a number of steps; sums unless the name says otherwise."""
 
     steps: int = 0
-    """One worker's step counts one."""
+    """One rank's step counts one."""
     examples: int = 0
     loss: float = 0.0
-    """Sum over steps of the mean loss of a worker's batch."""
+    """Sum over steps of the mean loss of a rank's part of the batch."""
     ids: int = 0
     rows: int = 0
     seconds: tuple[float, ...] = (0.0,) * len(CAUSES)
@@ -149,38 +194,13 @@ class StepReport:
     @classmethod
     def of(cls, records: Iterable[StepRecord], *, keep: bool = False) -> Self:
         """Sum up steps as they come; only with `keep` are they held as well."""
-        steps = examples = ids = rows = 0
-        loss, seconds, traffic = 0.0, [0.0] * len(CAUSES), ShardTraffic()
-        staleness: Counter[int] = Counter()
-        times, kept = [], []
+        steps = Steps(keep=keep)
         for record in records:
-            steps += 1
-            examples += record.examples
-            loss += record.loss
-            ids += record.ids
-            rows += record.rows
-            for i, s in enumerate(record.seconds):
-                seconds[i] += s
-            staleness[max(0, record.staleness)] += 1
-            times.append(record.total_s)
-            traffic = traffic.plus(record.traffic)
-            if keep:
-                kept.append(record)
-        return cls(
-            steps=steps,
-            examples=examples,
-            loss=loss,
-            ids=ids,
-            rows=rows,
-            seconds=tuple(seconds),
-            staleness=tuple(staleness[s] for s in range(max(staleness, default=-1) + 1)),
-            step_times_s=tuple(times),
-            traffic=traffic,
-            records=tuple(kept),
-        )
+            steps.add(record)
+        return cls(**steps.sums())
 
     def plus(self, other: StepReport) -> StepReport:
-        """Both together, of one worker or of two."""
+        """Both together, of one rank or of two."""
         return StepReport(
             steps=self.steps + other.steps,
             examples=self.examples + other.examples,
@@ -216,28 +236,28 @@ class StepReport:
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class Progress:
-    """One progress report: what happened since the one before, all workers together."""
+    """One progress report: what happened since the one before, all ranks together."""
 
     step: int
     """Steps behind the tables, with those of the snapshot that the run started from."""
     epoch: int
-    """Of this run, from 1."""
+    """Of this run's input, from 1."""
     examples: int
-    """Examples since the start of this run."""
+    """Examples since the start of the input."""
     loss: float
     """Mean loss over the steps since the last report."""
     examples_per_s: float
     step_median_s: float
-    """Of a worker's steps."""
+    """Of a rank's steps."""
     step_p99_s: float
     staleness: int
     """Largest staleness seen since the last report, in steps."""
     staleness_counts: tuple[int, ...]
-    """Workers' steps by the staleness of the rows they read: element s counts s steps."""
+    """Ranks' steps by the staleness of the rows they read: element s counts s steps."""
     push_staleness_counts: tuple[int, ...]
     """Pushes that shards applied, by the steps that were applied after the pull they rest on."""
     rows_per_step: float
-    """Distinct rows pulled, counted once per worker."""
+    """Distinct rows pulled, counted once per rank."""
     unique_ratio: float
     """Distinct rows pulled per id looked up."""
     sent_bytes_per_step: float
@@ -257,7 +277,7 @@ class Progress:
     """Part of the workers' time spent waiting for each shard, after the shards before it; () where
     nobody counted."""
     reports: tuple[StepReport, ...]
-    """What this sums up: a report per worker,"""
+    """What this sums up: a report per rank,"""
     stats: tuple[ShardStats, ...]
     """and each shard's counters since it started."""
 
@@ -271,16 +291,20 @@ class Progress:
         before: Sequence[ShardStats],
         after: Sequence[ShardStats],
     ) -> Self:
-        """After `done` steps of a run; the reports, seconds and counters since the last one."""
+        """After `done` steps of the input; what happened since the last report.
+
+        There may be no step: of a run that was resumed where it had ended, say. A shard that was
+        replaced counts from 0 again, which shows as less work than it did.
+        """
         both = reduce(StepReport.plus, reports)
-        steps = max(report.steps for report in reports)
+        steps = max(1, *(report.steps for report in reports))
         parts, traffic = both.parts(), both.traffic
         bytes_by_shard = _added(traffic.sent_bytes, traffic.received_bytes)
         return cls(
             step=plan.first_step + done,
-            epoch=(done - 1) // plan.steps_per_epoch + 1,
+            epoch=max(0, done - 1) // plan.steps_per_epoch + 1,
             examples=done * plan.job.train.batch_size,
-            loss=both.loss / both.steps,
+            loss=both.loss / max(1, both.steps),
             examples_per_s=both.examples / elapsed_s,
             step_median_s=both.step_quantile_s(0.5),
             step_p99_s=both.step_quantile_s(0.99),
@@ -295,11 +319,11 @@ class Progress:
             pull_wait=parts["pull"] + parts["barrier"],
             dense=parts["dense"],
             shard_rows_per_s=tuple(
-                (b.rows_pulled + b.rows_pushed - a.rows_pulled - a.rows_pushed) / elapsed_s
+                max(0, b.rows_pulled + b.rows_pushed - a.rows_pulled - a.rows_pushed) / elapsed_s
                 for a, b in zip(before, after, strict=True)
             ),
             shard_bytes_per_s=tuple(n / elapsed_s for n in bytes_by_shard),
-            shard_wait=tuple(s / both.total_s for s in traffic.wait_s),
+            shard_wait=tuple(s / (both.total_s or 1.0) for s in traffic.wait_s),
             reports=tuple(reports),
             stats=tuple(after),
         )
@@ -309,7 +333,7 @@ def _pushes_since(before: Sequence[ShardStats], after: Sequence[ShardStats]) -> 
     """Pushes by staleness, of all shards."""
     seen: tuple[int, ...] = reduce(_added, (shard.staleness for shard in before), ())
     counts: tuple[int, ...] = reduce(_added, (shard.staleness for shard in after), ())
-    return _added(counts, tuple(-n for n in seen))
+    return tuple(max(0, n) for n in _added(counts, tuple(-n for n in seen)))
 
 
 def _added(a: tuple[Any, ...], b: tuple[Any, ...]) -> tuple[Any, ...]:

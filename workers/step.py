@@ -1,8 +1,11 @@
-"""`StepLoop`: the training steps of one worker. No Ray: the client decides how messages travel.
+"""`StepLoop`: the training steps of one rank. No Ray: the client decides how messages travel.
 
-In sync mode step t reads version t - lookahead of every row. The pull for step t + lookahead goes
-out before the push of step t, on the same ordered connection; so a shard has answered every pull
-for version t before it can make version t + 1, and results do not depend on timing.
+In sync mode step t reads version t - lookahead of every row, or a newer one at the start of the
+run and behind a boundary (`StepOptions.boundary_every`), from where a job may have to go on with
+nothing older: which version that is depends on t alone, not on where a loop was started. The pull
+for step t + lookahead goes out before the push of step t, on the same ordered connection; so a
+shard has answered every pull for version t before it can make version t + 1, and results do not
+depend on timing.
 
 Batches are read, and their rows made distinct, in a thread of their own (`data.prefetch`).
 """
@@ -19,6 +22,7 @@ import numpy as np
 
 from ps.bags import ShardBags
 from ps.client import PendingPull, PulledRows, ShardClient
+from ps.errors import MantaError
 from ps.messages import LATEST
 from ps.partition import DistinctRows
 from ps.ragged import F32
@@ -45,12 +49,14 @@ if TYPE_CHECKING:  # imports TensorFlow, which only a worker's own process needs
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class StepOptions:
-    """How a worker steps; the fields of a job's configuration that it needs."""
+    """How a rank steps; the fields of a job's configuration that it needs."""
 
     batch_size: int
     epochs: int = 1
     lookahead: int = 0
     mode: Mode = "sync"
+    boundary_every: int = 0
+    """Sync mode: no step reads a version from before the last multiple of this; 0 for no limit."""
     prefetch: int = 0
     timeout_s: float = 300.0
     cached_rows: int = 0
@@ -59,6 +65,16 @@ class StepOptions:
     """Whether reports hold every step."""
     shard_combined: frozenset[str] = frozenset()
     """Tables whose bags the shards combine."""
+
+    def version_of(self, step: int, first_step: int) -> int:
+        """The version that a step reads in sync mode, in a run that begins at `first_step`.
+
+        >>> options = StepOptions(batch_size=1, lookahead=2, boundary_every=4)
+        >>> [options.version_of(step, 1) for step in range(1, 12)]
+        [1, 1, 1, 4, 4, 4, 5, 8, 8, 8, 9]
+        """
+        boundary = step - step % self.boundary_every if self.boundary_every else 0
+        return max(first_step, boundary, step - self.lookahead)
 
 
 @dataclass(frozen=True, slots=True, eq=False)
@@ -82,33 +98,69 @@ class StepLoop:
         *,
         worker: int,
         first_step: int = 0,
+        step: int | None = None,
+        oldest: int = 0,
+        before_step: Callable[[int], None] | None = None,
         clock: Callable[[], float] = time.perf_counter,
     ) -> None:
-        """Start at `first_step`, which is the version that the shards are at."""
+        """Start at any step of a run.
+
+        Args:
+            spec: tables and features.
+            client: of this rank.
+            dense: the dense model; ranks may share one.
+            train: the rank's part of the input.
+            options: see there.
+            worker: the rank, which messages call so.
+            first_step: the step that the run, and its input, began with.
+            step: the step to start with: the shards have this rank's pushes for all steps before,
+                and the versions that a loop needs that was there all the time. None: `first_step`.
+            oldest: no version before this one is asked for. It makes a difference only where a run
+                goes on from a snapshot that lies at none of its boundaries.
+            before_step: called with each step's number before the dense model gets its batch.
+            clock: gives seconds.
+        """
         self._spec = spec
         self._client = client
         self._dense = dense
         self._options = options
         self._worker = worker
         self._clock = StepClock(clock)
-        self._batches = Prefetched(self._all_batches(train), options.prefetch, name="input")
+        self._first_step = first_step
+        self.step = self._next_pull = first_step if step is None else step
+        """The next step to run."""
+        self._oldest = max(first_step, oldest)
+        self._before_step = before_step
+        self._error: MantaError | None = None
+        batches = self._all_batches(train, self.step - first_step)
+        self._batches = Prefetched(batches, options.prefetch, name="input")
         self._caches: dict[str, RowCache] = {}
         if options.cached_rows:
             self._caches = row_caches(spec, options.cached_rows, options.cache_max_age)
-        self._first_step = self._next_pull = first_step
         self._ahead: deque[_Pulling] = deque()
-        self.step = first_step
-        """The next step to run."""
 
     def run(self, num_steps: int) -> StepReport:
         """Run the next steps, at most as many as there are."""
-        return StepReport.of(self._steps(num_steps), keep=self._options.keep_records)
+        return self.run_to(self.step + num_steps)
 
-    def _steps(self, num_steps: int) -> Iterator[StepRecord]:
+    def run_to(self, step: int) -> StepReport:
+        """Run all steps before `step`, as far as there is input."""
+        return StepReport.of(self._steps(step), keep=self._options.keep_records)
+
+    def run_one(self) -> StepRecord | None:
+        """Run the next step; None at the end of the input.
+
+        Raises:
+            MantaError: what `abort` was given, among others.
+        """
+        if self._error is not None:
+            raise self._error
         self._clock.start()
-        end = self.step + num_steps
-        while self.step < end and self._pull_ahead():
-            yield self._one_step(self._ahead.popleft())
+        return self._one_step(self._ahead.popleft()) if self._pull_ahead() else None
+
+    def _steps(self, end: int) -> Iterator[StepRecord]:
+        while self.step < end and (record := self.run_one()) is not None:
+            yield record
 
     def _one_step(self, current: _Pulling) -> StepRecord:
         clock, plan = self._clock, current.plan
@@ -118,6 +170,8 @@ class StepLoop:
         rows = filled(self._caches, current.cached, pulled.rows) if self._caches else pulled.rows
         found, device = self._inputs(plan, rows)
         clock.lap("combine")
+        if self._before_step is not None:
+            self._before_step(self.step)
         result = self._dense.train(current.batch, found, pulled.dense, pulled.state, device)
         clock.lap("dense")
         pushed, grads = row_gradients(
@@ -143,12 +197,18 @@ class StepLoop:
         """Wait until the shards have every push: only then is the last version made."""
         self._client.flush(self._options.timeout_s)
 
+    def abort(self, error: MantaError) -> None:
+        """Let a step that waits for its input, and every later one, raise this; any thread may."""
+        self._error = error
+        self._batches.fail(error)
+
     def close(self) -> None:
-        """End the thread that reads ahead."""
+        """End the thread that reads ahead, and forget the pulls under way."""
         self._batches.close()
+        self._ahead.clear()
 
     def evaluate(self, test: ExampleReader, version: int) -> tuple[F32, F32]:
-        """Labels and predictions, float32 [n] each, of this worker's part of a data set."""
+        """Labels and predictions, float32 [n] each, of this rank's part of a data set."""
         labels, predictions = [np.zeros(0, np.float32)], [np.zeros(0, np.float32)]
         for batch in test.in_order(self._options.batch_size):
             plan = self._planned(batch)
@@ -173,10 +233,14 @@ class StepLoop:
         combined = self._options.shard_combined
         return plan_batch(self._spec, self._client.layout, batch.bags, combined)
 
-    def _all_batches(self, reader: ExampleReader) -> Iterator[tuple[Batch, BatchPlan]]:
-        for epoch in range(self._options.epochs):
-            for batch in reader.epoch(epoch, self._options.batch_size):
+    def _all_batches(self, reader: ExampleReader, behind: int) -> Iterator[tuple[Batch, BatchPlan]]:
+        """What is left of the input when this many steps have had their batches."""
+        size = self._options.batch_size
+        begun, first_batch = divmod(behind, max(1, reader.steps_per_epoch(size)))
+        for epoch in range(begun, self._options.epochs):
+            for batch in reader.epoch(epoch, size, first_batch):
                 yield batch, self._planned(batch)
+            first_batch = 0
 
     def _pull_ahead(self) -> bool:
         """Send the pulls of the current step and of `lookahead` more; False at the end."""
@@ -193,7 +257,7 @@ class StepLoop:
     def _pull(self, batch: Batch, plan: BatchPlan) -> _Pulling:
         step, version = self._next_pull, LATEST
         if self._options.mode == "sync":
-            version = max(self._first_step, step - self._options.lookahead)
+            version = max(self._oldest, self._options.version_of(step, self._first_step))
         cached: dict[str, Lookup] = {}
         wanted: Mapping[str, DistinctRows | ShardBags] = plan.distinct
         if self._caches:

@@ -9,26 +9,20 @@ import numpy as np
 from benchmarks.dlrm.case import BATCH, CHUNK, Case, Setting, job
 from benchmarks.dlrm.result import SKIPPED, Run, rate
 from ps.cluster import ray_cluster
-from workers.job import TrainResult, train
-from workers.jobplan import JobPlan
+from workers.job import train
+from workers.listener import Listener
 from workers.report import Progress
 
 
-class Reports:
+class Reports(Listener):
     """A listener that keeps what it is told."""
 
     def __init__(self) -> None:
         self.reports: list[Progress] = []
 
-    def starting(self, plan: JobPlan) -> None:
-        """Nothing to keep."""
-
     def progress(self, progress: Progress) -> None:
         """Keep it."""
         self.reports.append(progress)
-
-    def finished(self, result: TrainResult) -> None:
-        """Nothing to keep."""
 
 
 def run(case: Case, settings: Sequence[Setting]) -> list[Run]:

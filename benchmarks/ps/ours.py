@@ -17,7 +17,7 @@ from ps.client import ShardClient
 from ps.memory import empty
 from ps.optimizers import SGD
 from ps.ragged import F32, I64
-from ps.rowstore import RowStore
+from ps.rowstore import RowStore, Update
 from ps.shard import ShardSpec, ShardState
 from ps.spec import TableSpec
 from ps.warm import warm_up
@@ -115,8 +115,8 @@ class _IdleStore(RowStore):
         hyperparameters: Sequence[float] = (),
         *,
         distinct: bool = False,
-    ) -> Callable[[], None]:
-        return lambda: None
+    ) -> Update:
+        return local_rows[:0], lambda: None
 
 
 class _IdleState(ShardState):

@@ -22,8 +22,10 @@ import xxhash
 from ps.errors import ProtocolError
 
 MAGIC = b"MNTA"
-PROTOCOL = 1
+PROTOCOL = 2
 HEADER_BYTES = 64
+OBSERVER = 2**32 - 1
+"""Instead of a worker's rank, in the HELLO of who only wants to notice a shard's end."""
 MAX_META_BYTES = 1 << 20
 MAX_ERROR_BYTES = 1 << 12
 
@@ -42,7 +44,7 @@ class Kind(IntEnum):
     HELLO = 2
     """Worker: who it is, its own nonce, and the signature of both."""
     WELCOME = 3
-    """Shard: its signature; pulls and pushes may follow."""
+    """Shard: its signature, and which push it expects next; pulls and pushes may follow."""
     ARENA = 4
     """Worker: one more segment of shared memory; its file descriptor comes with the frame."""
     PULL = 5
@@ -68,10 +70,11 @@ class Header(NamedTuple):
     request: int = 0
     """Number of a request on its connection, from 1; its answer has the same."""
     step: int = 0
-    """PULL, PUSH: the worker's step. Answers: pushes of this worker for steps below are done with,
-    and their memory may be used again."""
+    """PULL, PUSH: the worker's step. WELCOME and answers: pushes of this worker for steps below are
+    done with, and their memory may be used again."""
     version: int = 0
-    """PULL: wanted, -1 for the latest. ROWS: of the rows. HELLO: the shard's number."""
+    """PULL: wanted, -1 for the latest. ROWS: of the rows. HELLO: the shard's number. WELCOME: the
+    step whose push the shard expects next."""
     aux: int = 0
     """ROWS: nanoseconds that the answer waited for its version. ARENA: bytes of the segment. HELLO:
     fingerprint of the job's tables."""

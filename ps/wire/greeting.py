@@ -1,9 +1,8 @@
-"""The worker's side of a handshake, over a socket that blocks, and what a shard's errors become."""
+"""The worker's side of a handshake, and what a shard's errors become."""
 
 from __future__ import annotations
 
 import socket
-import struct
 import time
 from dataclasses import dataclass, field
 
@@ -14,14 +13,13 @@ from ps.wire.frames import (
     MAX_ERROR_BYTES,
     Frame,
     FrameReader,
+    Header,
     Kind,
     decode_packet,
 )
 from ps.wire.handshake import check_welcome, hello, new_nonce
+from ps.wire.sockets import Check
 
-CHECK_EVERY_S = 0.5
-"""Longest time that a read blocks."""
-SEND_TIMEOUT_S = 30.0
 _HANDSHAKE_TIMEOUT_S = 30.0
 
 
@@ -34,31 +32,48 @@ class Credentials:
     fingerprint: int
 
 
-def shake_hands(sock: socket.socket, credentials: Credentials, shard: int) -> None:
-    """Prove to each other that both sides belong to the job; `sock` blocks.
+def shake_hands(
+    sock: socket.socket,
+    credentials: Credentials,
+    shard: int,
+    check: Check = lambda: None,
+) -> Header:
+    """Prove to each other that both sides belong to the job; returns the header of WELCOME.
+
+    Args:
+        sock: from `unix_socket` or `tcp_socket`.
+        credentials: of the worker, or of an observer.
+        shard: number of the shard that is wanted.
+        check: called while the shard is busy.
 
     Raises:
         ProtocolError: the other side does not, or refuses this worker.
+        ShardNotReadyError: the shard has no state yet.
         ShardLostError: it closed the connection.
     """
     reader = FrameReader(lambda header, meta: (), 0)
     nonce = new_nonce()
-    challenged = _next_frame(sock, reader, shard)
-    sock.sendall(hello(credentials.token, challenged, nonce, credentials.worker, shard,
-                       credentials.fingerprint))  # fmt: skip
-    answer = _next_frame(sock, reader, shard)
+    challenged = _next_frame(sock, reader, shard, check)
+    try:
+        sock.sendall(hello(credentials.token, challenged, nonce, credentials.worker, shard,
+                           credentials.fingerprint))  # fmt: skip
+    except OSError as e:
+        raise ShardLostError(f"shard {shard}: no handshake: {e.strerror or e}") from None
+    answer = _next_frame(sock, reader, shard, check)
     if answer.header.kind == Kind.ERROR:
         raise error_of(answer.meta)
     check_welcome(credentials.token, challenged, nonce, answer)
+    return answer.header
 
 
-def _next_frame(sock: socket.socket, reader: FrameReader, shard: int) -> Frame:
+def _next_frame(sock: socket.socket, reader: FrameReader, shard: int, check: Check) -> Frame:
     packet = memoryview(bytearray(HEADER_BYTES + MAX_ERROR_BYTES))
     deadline = time.monotonic() + _HANDSHAKE_TIMEOUT_S
     while True:
         try:
             count = sock.recv_into(packet if sock.family == socket.AF_UNIX else reader.wanted)
         except BlockingIOError:  # the shard is busy
+            check()
             if time.monotonic() < deadline:
                 continue
             raise ShardLostError(
@@ -73,17 +88,6 @@ def _next_frame(sock: socket.socket, reader: FrameReader, shard: int) -> Frame:
         frame = reader.received(count)
         if frame is not None:
             return frame
-
-
-def set_timeouts(sock: socket.socket) -> None:
-    """Let a blocking socket give up by itself, without a system call before each read."""
-    for option, seconds in (
-        (socket.SO_RCVTIMEO, CHECK_EVERY_S),
-        (socket.SO_SNDTIMEO, SEND_TIMEOUT_S),
-    ):
-        whole = int(seconds)
-        value = struct.pack("@ll", whole, int((seconds - whole) * 1e6))
-        sock.setsockopt(socket.SOL_SOCKET, option, value)
 
 
 def error_of(meta: bytes) -> MantaError:

@@ -2,10 +2,11 @@
 
     shard  → CHALLENGE  nonce (32 random bytes)
     worker → HELLO      own nonce, HMAC-SHA256(token, "worker" · shard's nonce · own nonce · header)
-    shard  → WELCOME    HMAC-SHA256(token, "shard" · worker's nonce · shard's nonce)
+    shard  → WELCOME    HMAC-SHA256(token, "shard" · worker's nonce · shard's nonce · header)
 
-`header` stands for the HELLO's worker, shard and fingerprint, 8 bytes each. Comparisons take the
-same time wherever they differ.
+`header` stands for the HELLO's worker, shard and fingerprint, and for the WELCOME's done step and
+fence (the step it expects next), 8 bytes each: a worker sends again what the fence says, so nobody
+else may say it. Comparisons take the same time wherever they differ.
 """
 
 from __future__ import annotations
@@ -52,8 +53,8 @@ def hello(
     return encode(header, nonce + _worker_mac(token, challenged.meta, nonce, header))
 
 
-def check_hello(token: bytes, nonce: bytes, frame: Frame) -> bytearray:
-    """The shard's WELCOME to a worker that knows the token.
+def check_hello(token: bytes, nonce: bytes, frame: Frame) -> None:
+    """See that a worker knows the token.
 
     Raises:
         ProtocolError: it does not, or the frame is something else.
@@ -64,7 +65,12 @@ def check_hello(token: bytes, nonce: bytes, frame: Frame) -> bytearray:
     theirs, mac = meta[:NONCE_BYTES], meta[NONCE_BYTES:]
     if not hmac.compare_digest(mac, _worker_mac(token, nonce, theirs, frame.header)):
         raise ProtocolError("wrong token")
-    return encode(Header(Kind.WELCOME), _shard_mac(token, theirs, nonce))
+
+
+def welcome(token: bytes, nonce: bytes, greeting: Frame, done_step: int, fence: int) -> bytearray:
+    """The shard's answer to a HELLO that `check_hello` has taken."""
+    header = Header(Kind.WELCOME, step=done_step, version=fence)
+    return encode(header, _shard_mac(token, greeting.meta[:NONCE_BYTES], nonce, header))
 
 
 def check_welcome(token: bytes, challenged: Frame, nonce: bytes, frame: Frame) -> None:
@@ -73,16 +79,20 @@ def check_welcome(token: bytes, challenged: Frame, nonce: bytes, frame: Frame) -
     Raises:
         ProtocolError: it does not.
     """
-    expected = _shard_mac(token, nonce, challenged.meta)
+    expected = _shard_mac(token, nonce, challenged.meta, frame.header)
     if frame.header.kind != Kind.WELCOME or not hmac.compare_digest(frame.meta, expected):
         raise ProtocolError("what answered is no shard of this job")
 
 
 def _worker_mac(token: bytes, shard_nonce: bytes, worker_nonce: bytes, header: Header) -> bytes:
-    said = (header.worker, header.version, header.aux)
-    fields = b"".join((value % 2**64).to_bytes(8, "little") for value in said)
-    return hmac.digest(token, b"worker" + shard_nonce + worker_nonce + fields, hashlib.sha256)
+    said = _fields(header.worker, header.version, header.aux)
+    return hmac.digest(token, b"worker" + shard_nonce + worker_nonce + said, hashlib.sha256)
 
 
-def _shard_mac(token: bytes, worker_nonce: bytes, shard_nonce: bytes) -> bytes:
-    return hmac.digest(token, b"shard" + worker_nonce + shard_nonce, hashlib.sha256)
+def _shard_mac(token: bytes, worker_nonce: bytes, shard_nonce: bytes, header: Header) -> bytes:
+    said = _fields(header.step, header.version)
+    return hmac.digest(token, b"shard" + worker_nonce + shard_nonce + said, hashlib.sha256)
+
+
+def _fields(*values: int) -> bytes:
+    return b"".join((value % 2**64).to_bytes(8, "little") for value in values)

@@ -1,4 +1,4 @@
-"""`Peer`: one worker's connection, as the shard sees it. The loop's thread alone uses it."""
+"""`Peer`: one connection of a worker or observer, as the shard sees it; for the loop's thread."""
 
 from __future__ import annotations
 
@@ -7,16 +7,16 @@ import os
 import select
 import socket
 import time
-from collections import deque
 from collections.abc import Callable, Sequence
 from typing import TYPE_CHECKING, Any
 
-from ps.errors import MantaError, ProtocolError
+from ps.errors import MantaError, ProtocolError, ShardNotReadyError
 from ps.messages import Rows
 from ps.shard import ShardState
 from ps.wire.arena import MAX_SEGMENTS, Segment
 from ps.wire.frames import (
     HEADER_BYTES,
+    OBSERVER,
     Buffer,
     Frame,
     FrameReader,
@@ -26,8 +26,10 @@ from ps.wire.frames import (
     encode,
     error_frame,
 )
-from ps.wire.handshake import HELLO_META_BYTES, challenge, check_hello, new_nonce
+from ps.wire.handshake import HELLO_META_BYTES, challenge, check_hello, new_nonce, welcome
 from ps.wire.messages import Incoming, rows_payload, write_rows
+from ps.wire.sending import SendQueue
+from ps.wire.sockets import keep_alive
 
 if TYPE_CHECKING:
     from ps.wire.server import ServerOptions
@@ -36,8 +38,6 @@ MAX_UNANSWERED = 64
 """Pulls and flushes of a worker that wait at one time; it never has more than a few."""
 MAX_QUEUED = 4
 """Answers that wait to be sent before no more frames are read."""
-MAX_PIECES = 1000
-"""Buffers in one `sendmsg`; Linux takes 1024."""
 _FD_BYTES = socket.CMSG_SPACE(4)
 _TRUNCATED = int(socket.MSG_CTRUNC | socket.MSG_TRUNC)  # a plain number: every frame asks for it
 _NOT_YET = Frame(Header(Kind.FLUSH), b"", ())
@@ -53,23 +53,37 @@ class Peer:
         state: ShardState,
         options: ServerOptions,
         watch: Callable[[Peer, int], None],
+        admit: Callable[[Peer], None],
     ) -> None:
+        """Take a connection.
+
+        Args:
+            sock: of the connection.
+            address: where it comes from, for messages.
+            state: of the shard.
+            options: of the shard's loop.
+            watch: called with the events to wait for when they change.
+            admit: called when the peer has said who it is, before it is welcomed.
+        """
         sock.setblocking(False)
         self._sock = sock
         self._shared = sock.family == socket.AF_UNIX
         if not self._shared:
             sock.setsockopt(socket.IPPROTO_TCP, socket.TCP_NODELAY, 1)
+            keep_alive(sock)
         self._state = state
         self._options = options
         self._watch = watch
+        self._admit = admit
         self._incoming = Incoming(options.format, self._shared)
         self._reader = FrameReader(self._incoming.place, 0, HELLO_META_BYTES)
         room = HEADER_BYTES + max(HELLO_META_BYTES, options.format.meta_bytes)
         self._packet = memoryview(bytearray(room if self._shared else 0))
-        self._outgoing: deque[memoryview] = deque()
+        self._outgoing = SendQueue(sock)
         self._fds: list[int] = []
         self._nonce = new_nonce()
-        self._worker: int | None = None
+        self.worker: int | None = None
+        """Rank of the worker, or `OBSERVER`; None before the peer has proven it."""
         self._unanswered: dict[int, Callable[..., None]] = {}
         """What the state calls with the answers that it owes, by number of the request."""
         self._queued = 0
@@ -98,12 +112,20 @@ class Peer:
             os.close(fd)
         self._sock.close()
 
+    def dismiss(self) -> None:
+        """Say that another connection is in this one's place, if the peer still listens."""
+        error = ProtocolError(
+            f"shard {self._state.spec.shard_id}: another connection of worker {self.worker} took "
+            f"the place of this one"
+        )
+        self._send([error_frame(0, error)])
+
     def overdue(self, now: float) -> str | None:
         """Why the peer is to be cut off, None if it is not."""
         if self._waiting_since is None or now - self._waiting_since < self._options.deadline_s:
             return None
         owed = "its answers are not read" if self._outgoing else "no whole frame came"
-        if self._worker is None:
+        if self.worker is None:
             owed = "it has not said who it is"
         return f"{owed} within {self._options.deadline_s:g} s"
 
@@ -140,7 +162,7 @@ class Peer:
                 return _NOT_YET
             if count == 0:
                 return None
-            if self._worker is not None and not self._outgoing:
+            if self.worker is not None and not self._outgoing:
                 self._waiting_since = None  # it goes on
             frame = self._reader.received(count)
             if frame is not None:
@@ -157,14 +179,16 @@ class Peer:
                 fds = array.array("i")
                 fds.frombytes(data[: len(data) - len(data) % fds.itemsize])
                 self._fds.extend(fds)
-        if flags & _TRUNCATED or len(self._fds) > (self._worker is not None):
+        if flags & _TRUNCATED or len(self._fds) > (self.worker is not None):
             raise ProtocolError("a packet that is too long, or with descriptors it should not have")
         return decode_packet(self._packet[:count]) if count else None
 
     def _on_frame(self, frame: Frame) -> None:
         kind = frame.header.kind
-        if self._worker is None:
+        if self.worker is None:
             self._on_hello(frame)
+        elif self.worker == OBSERVER:
+            raise ProtocolError(f"an observer says nothing, but sent {kind.name}")
         elif kind == Kind.PULL:
             self._answered_late(frame.header, lambda: self._pull(frame))
         elif kind == Kind.PUSH:
@@ -177,20 +201,36 @@ class Peer:
             raise ProtocolError(f"a worker does not send {kind.name}")
 
     def _on_hello(self, frame: Frame) -> None:
-        welcome = check_hello(self._options.token, self._nonce, frame)
-        header, spec = frame.header, self._state.spec
-        seen = (header.version, header.aux)
+        check_hello(self._options.token, self._nonce, frame)
+        refused = self._refused(frame.header)
+        if refused is not None:
+            self._send([error_frame(0, refused)])
+            return
+        self.worker = worker = frame.header.worker
+        self._reader = FrameReader(self._incoming.place, self._options.format.max_payload_bytes)
+        who = "observer" if worker == OBSERVER else f"worker {worker}"
+        self.name = f"{who} ({self.name})"
+        self._admit(self)  # from now on nothing of an older connection changes the state
+        done = fence = 0
+        if worker != OBSERVER:
+            done, fence = self._state.done_step(worker), self._state.fences()[worker]
+        self._send([welcome(self._options.token, self._nonce, frame, done, fence)])
+
+    def _refused(self, header: Header) -> Exception | None:
+        """Why a peer of this job is not let in."""
+        spec, seen = self._state.spec, (header.version, header.aux)
         wanted = (spec.shard_id, self._options.fingerprint)
-        if seen != wanted or header.worker >= spec.num_workers:
-            self._send([error_frame(0, ProtocolError(
+        if seen != wanted or spec.num_workers <= header.worker != OBSERVER:
+            return ProtocolError(
                 f"worker {header.worker} wants shard {seen[0]} of the job {seen[1]:#x}; this is "
                 f"shard {wanted[0]} of {wanted[1]:#x}, with {spec.num_workers} workers"
-            ))])  # fmt: skip
-            return
-        self._worker = header.worker
-        self._reader = FrameReader(self._incoming.place, self._options.format.max_payload_bytes)
-        self.name = f"worker {header.worker} ({self.name})"
-        self._send([welcome])
+            )
+        if header.worker != OBSERVER:
+            try:
+                self._state.dense()
+            except ShardNotReadyError as e:
+                return e
+        return None
 
     def _on_segment(self, header: Header) -> None:
         segments = self._incoming.segments
@@ -214,8 +254,8 @@ class Peer:
     def _guarded(self, header: Header, call: Callable[[], None]) -> None:
         """Tell the worker what went wrong with a request; other connections are not touched."""
         try:
-            if header.worker != self._worker:
-                raise ProtocolError(f"worker {self._worker} sent as worker {header.worker}")
+            if header.worker != self.worker:
+                raise ProtocolError(f"worker {self.worker} sent as worker {header.worker}")
             call()
         except Exception as e:  # a custom optimizer may raise anything
             self._unanswered.pop(header.request, None)
@@ -267,7 +307,7 @@ class Peer:
             return
         idle = not self._outgoing
         self._queued += 1
-        self._outgoing.extend(map(memoryview, pieces))
+        self._outgoing.add(pieces)
         if idle:
             self._flush()
         self._watch_what_matters()
@@ -286,18 +326,11 @@ class Peer:
 
     def _flush(self) -> None:
         """Send what the socket takes."""
-        while self._outgoing:
-            most = 1 if self._shared else MAX_PIECES  # a packet holds one frame
-            pieces = [self._outgoing[i] for i in range(min(len(self._outgoing), most))]
-            try:
-                sent = self._sock.sendmsg(pieces)
-            except BlockingIOError:
-                break
-            except OSError:  # gone: reading will say so
-                self._outgoing.clear()
-                break
-            self._waiting_since = time.monotonic()
-            drop_sent(self._outgoing, sent)
+        try:
+            if self._outgoing.flush():
+                self._waiting_since = time.monotonic()
+        except OSError:  # gone: reading will say so
+            self._outgoing.clear()
         if not self._outgoing:
             self._queued = 0
         self._watch_what_matters()
@@ -313,16 +346,8 @@ class Peer:
 
     def _note_debt(self) -> None:
         """A peer owes us its HELLO, the rest of a frame, or to take what is sent to it."""
-        owes = self._worker is None or bool(self._outgoing) or not self._reader.idle
+        owes = self.worker is None or bool(self._outgoing) or not self._reader.idle
         if not owes:
             self._waiting_since = None
         elif self._waiting_since is None:
             self._waiting_since = time.monotonic()
-
-
-def drop_sent(outgoing: deque[memoryview], sent: int) -> None:
-    """Take the first `sent` bytes off a queue of pieces."""
-    while outgoing and sent >= len(outgoing[0]):
-        sent -= len(outgoing.popleft())
-    if sent:
-        outgoing[0] = outgoing[0][sent:]

@@ -5,6 +5,9 @@ round every connection that has something gets one frame done, and then one piec
 (a snapshot's slab, say): neither workers nor control calls wait for more than a turn of the others.
 Sockets never block it. A peer that sends what is not the protocol is cut off, and so is one that
 does not read its answers, or does not finish a frame, within the deadline.
+
+A worker has one connection: its newest. An observer has one to notice at once when the shard's
+process ends, and the shard notices when nobody watches it any more.
 """
 
 from __future__ import annotations
@@ -24,6 +27,7 @@ from typing import TypeVar
 
 from ps.shard import ShardState
 from ps.wire.cpu import claim_cpu
+from ps.wire.frames import OBSERVER
 from ps.wire.messages import WireFormat
 from ps.wire.peer import Peer
 
@@ -66,9 +70,29 @@ class ServerOptions:
 class ShardLoop:
     """Listens, and runs the state's thread until `close`."""
 
-    def __init__(self, state: ShardState, options: ServerOptions) -> None:
+    def __init__(
+        self,
+        state: ShardState,
+        options: ServerOptions,
+        *,
+        on_orphaned: Callable[[], None] | None = None,
+        orphan_s: float = 0.0,
+    ) -> None:
+        """Listen, and start the thread.
+
+        Args:
+            state: of the shard; the thread alone uses it from now on.
+            options: how to listen.
+            on_orphaned: called in the thread when there has been an observer, and then none for
+                `orphan_s` seconds; not again before there was another one.
+            orphan_s: 0 for no such call.
+        """
         self.state = state
         self.options = options
+        self._on_orphaned = on_orphaned if orphan_s > 0 else None
+        self._orphan_s = orphan_s
+        self._num_observers = 0
+        self._orphaned_since: float | None = None
         self._poll = select.epoll()
         self._peers: dict[int, Peer] = {}
         self._calls: deque[Callable[[], None]] = deque()
@@ -126,6 +150,23 @@ class ShardLoop:
         self._notify()
         return future
 
+    @property
+    def observed(self) -> bool:
+        """Whether an observer is connected."""
+        return self._num_observers > 0
+
+    def cut_connections(self) -> Future[int]:
+        """Close the connections of all workers, without a word: a fault for tests and chaos.
+
+        Returns:
+            How many there were.
+        """
+        return self.call(self._drop_workers)
+
+    def delay(self, seconds: float) -> Future[None]:
+        """Stand still for so long, as a slow machine would: a fault for tests and chaos."""
+        return self.call(lambda: time.sleep(seconds))
+
     def close(self) -> None:
         """Stop the thread and close all connections."""
         if self._wake < 0:
@@ -179,6 +220,7 @@ class ShardLoop:
             if now >= next_check:
                 next_check = now + _CHECK_DEADLINES_S
                 self._cut_off(now)
+                self._note_orphaned(now)
 
     def _on_event(self, fd: int, events: int) -> None:
         if fd == self._wake:
@@ -202,7 +244,7 @@ class ShardLoop:
         if len(self._peers) >= _MAX_PEERS:
             sock.close()
             return
-        peer = Peer(sock, address, self.state, self.options, self._watch)
+        peer = Peer(sock, address, self.state, self.options, self._watch, self._admit)
         self._peers[sock.fileno()] = peer
         self._poll.register(sock.fileno(), select.EPOLLIN)
         try:
@@ -213,11 +255,37 @@ class ShardLoop:
     def _watch(self, peer: Peer, events: int) -> None:
         self._poll.modify(peer.fileno(), events)
 
+    def _admit(self, peer: Peer) -> None:
+        """Let in who has just said who it is."""
+        if peer.worker == OBSERVER:
+            self._num_observers += 1
+            self._orphaned_since = None
+            return
+        for other in list(self._peers.values()):
+            if other is not peer and other.worker == peer.worker:
+                other.dismiss()
+                self._drop(other)
+
     def _drop(self, peer: Peer) -> None:
         fd = peer.fileno()
         self._poll.unregister(fd)
         del self._peers[fd]
         peer.close()
+        if peer.worker == OBSERVER:
+            self._num_observers -= 1
+            self._orphaned_since = None if self._num_observers else time.monotonic()
+
+    def _drop_workers(self) -> int:
+        workers = [peer for peer in self._peers.values() if peer.worker != OBSERVER]
+        for peer in workers:
+            self._drop(peer)
+        return len(workers)
+
+    def _note_orphaned(self, now: float) -> None:
+        since = self._orphaned_since
+        if self._on_orphaned is not None and since is not None and now - since >= self._orphan_s:
+            self._orphaned_since = None
+            self._on_orphaned()
 
     def _cut_off(self, now: float) -> None:
         for peer in list(self._peers.values()):

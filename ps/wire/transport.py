@@ -2,34 +2,27 @@
 
 from __future__ import annotations
 
-import socket
+import threading
 import time
-from collections import deque
-from collections.abc import Sequence
-from dataclasses import dataclass, replace
+from collections.abc import Iterable, Sequence
+from dataclasses import dataclass
 from typing import Literal
 
-from ps.errors import JobError, ShardLostError
+from ps.errors import JobError, MantaError
 from ps.step_message import StepMessage
-from ps.wire.arena import Arena, Memory, PrivateMemory, available
-from ps.wire.connection import (
-    Answer,
-    ArenaConnection,
-    TcpConnection,
-    TcpLoop,
-)
-from ps.wire.frames import HEADER_BYTES, Buffer, Header, Kind, encode
-from ps.wire.greeting import Credentials, set_timeouts, shake_hands
-from ps.wire.messages import WireFormat, pull_payload, push_payload, rows_places
+from ps.wire.arena import Arena, Memory
+from ps.wire.control import Control
+from ps.wire.dialing import Dialer
+from ps.wire.frames import Kind
+from ps.wire.greeting import Credentials
+from ps.wire.link import Link
+from ps.wire.messages import WireFormat
+from ps.wire.outbox import Sent
 from ps.wire.server import Endpoint
+from ps.wire.sockets import CHECK_EVERY_S
 
 TransportName = Literal["auto", "arena", "tcp"]
-MAX_PUSHES_IN_FLIGHT = 4
-"""Steps whose pushes a shard is not done with; a worker waits before it sends more."""
-MAX_PACKET_BYTES = 1 << 17
-"""What Linux takes as one packet of a Unix socket, with some to spare: 2,700 tables."""
-_CONNECT_TIMEOUT_S = 10.0
-_CHECK_OTHERS_S = 0.5
+_CLOSE_WAIT_S = 10.0
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -44,213 +37,180 @@ class TransportOptions:
     timeout_s: float = 120.0
     """For a push to be done with."""
     max_arena_bytes: int = 1 << 33
+    reconnect_s: float = 0.0
+    """How long a broken connection is tried again; 0: it is an error at once."""
+    max_pushes: int = 4
+    """Steps whose pushes a shard is not done with; a worker waits before it sends more. They stay
+    in memory, to be sent again."""
 
 
 class WireTransport:
-    """Carries one worker's messages (see `ps.client.Transport`)."""
+    """Carries one worker's messages (see `ps.client.Transport`).
+
+    `move`, `abort` and `close` may be called from any thread, at any time.
+    """
 
     def __init__(
         self, endpoints: Sequence[Endpoint], credentials: Credentials, options: TransportOptions
     ) -> None:
-        """Connect to every shard.
+        """Connect to every shard, once: `reconnect_s` is for connections that broke.
 
         Raises:
-            ShardLostError: a shard is not there.
-            ProtocolError: it refuses this worker, or is not of this job.
-            JobError: shared memory is asked for, and a shard is on another host.
+            ShardLostError: a shard is not there, or is on another host and shared memory is asked
+                for.
+            ShardNotReadyError: a shard has no state yet.
+            ProtocolError: a shard refuses this worker, or is not of this job.
         """
         self._options = options
-        self._credentials = credentials
-        self._loop: TcpLoop | None = None
-        self._arena: Arena | None = None
-        self._connections: list[ArenaConnection | TcpConnection] = []
-        self._pushes: list[deque[tuple[int, StepMessage]]] = [deque() for _ in endpoints]
-        self.sent_bytes = [0] * len(endpoints)
-        """Of frames, to each shard; what lies in shared memory is not counted."""
+        self._control = Control(endpoints)
+        self._dialer = Dialer(
+            credentials, options.name, options.format, options.background, self._new_arena
+        )
+        self._links: list[Link] = []
+        self._turn = threading.Lock()
+        """Who has it uses the connections; `close` waits for its end."""
         try:
             for endpoint in endpoints:
-                self._connections.append(self._connected(endpoint))
+                self._links.append(Link(endpoint, self._dialer, self._control, options.reconnect_s))
         except BaseException:
             self.close()
             raise
-        self.memory: Memory = self._arena or PrivateMemory()
+        self.memory: Memory = self._dialer.memory()
+        for link in self._links:
+            link.outbox.next_push = min(self.next_steps)
 
     @property
     def kinds(self) -> list[str]:
         """`arena` or `tcp` for every shard."""
-        return ["arena" if isinstance(c, ArenaConnection) else "tcp" for c in self._connections]
+        return ["tcp" if link.by_tcp else "arena" for link in self._links]
+
+    @property
+    def next_steps(self) -> tuple[int, ...]:
+        """Per shard: the step whose push of this worker it expected when it was connected to."""
+        return tuple(link.outbox.fence for link in self._links)
+
+    @property
+    def sent_bytes(self) -> list[int]:
+        """Of frames, to each shard; what lies in shared memory is not counted."""
+        return [link.sent_bytes for link in self._links]
 
     def pull(self, message: StepMessage) -> list[PendingAnswer]:
         """See `Transport.pull`."""
         metas = message.descriptions()
-        pending = []
-        for shard, connection in enumerate(self._connections):
-            by_tcp = isinstance(connection, TcpConnection)
-            payload = pull_payload(message, shard) if by_tcp else []
-            places = rows_places(message, shard) if by_tcp else []
-            answer = Answer(shard, places, message)
-            request = connection.next_request()
-            connection.expect(request, answer)
-            header = Header(Kind.PULL, worker=message.worker, request=request, step=message.step,
-                            version=message.version)  # fmt: skip
-            self._send(connection, header, metas[shard].tobytes(), payload)
-            pending.append(PendingAnswer(self, connection, answer, message.version))
-        return pending
+        with self._turn:
+            self._control.check()
+            return [
+                PendingAnswer(self, link, link.send(Kind.PULL, message, metas[k].tobytes()))
+                for k, link in enumerate(self._links)
+            ]
 
     def push(self, message: StepMessage) -> None:
         """See `Transport.push`."""
         metas = message.descriptions()
-        for shard, connection in enumerate(self._connections):
-            self._make_room(shard, connection)
-            payload = push_payload(message, shard) if isinstance(connection, TcpConnection) else []
-            header = Header(Kind.PUSH, worker=message.worker, request=connection.next_request(),
-                            step=message.step)  # fmt: skip
-            self._send(connection, header, metas[shard].tobytes(), payload)
-            self._pushes[shard].append((message.step, message))
-        if self._loop is not None:
-            self._loop.drain(self._options.timeout_s)
+        with self._turn:
+            self._control.check()
+            for k, link in enumerate(self._links):
+                self._make_room(link)
+                link.send(Kind.PUSH, message, metas[k].tobytes())
+            if self._dialer.loop is not None:
+                self._dialer.loop.drain(self._options.timeout_s, self._check_places)
+                for link in self._links:
+                    link.check()
 
     def flush(self, timeout_s: float) -> None:
         """See `Transport.flush`."""
-        waiting = [(self._ask_flush(k), c) for k, c in enumerate(self._connections)]
-        for answer, connection in waiting:
-            self._wait_flushed(connection, answer, timeout_s)
+        with self._turn:
+            self._control.check()
+            waiting = [(link, link.send(Kind.FLUSH, None)) for link in self._links]
+            for link, sent in waiting:
+                self._wait_flushed(link, sent, timeout_s)
+
+    def move(self, endpoints: Iterable[Endpoint]) -> None:
+        """Say where shards live now: connections that break from now on are made anew there.
+
+        The former process of a shard on this host must have ended, or end: as long as it lives,
+        nothing is sent to another one, because it may write into the memory that they share.
+        """
+        self._control.move(endpoints)
+
+    def abort(self, error: MantaError) -> None:
+        """Let whoever waits raise this error now, and every later call at once."""
+        self._control.abort(error)
 
     def close(self) -> None:
-        """Close all connections and give the arena back."""
-        for connection, pushes in zip(self._connections, self._pushes, strict=False):
-            connection.close()
-            pushes.clear()  # with their memory
-        if self._loop is not None:
-            self._loop.close()
-        if self._arena is not None:
-            self._arena.close()
+        """Close all connections and give the arena back; who waits gets an error."""
+        self._control.abort(JobError("the transport is closed"))
+        mine = self._turn.acquire(timeout=_CLOSE_WAIT_S)
+        for link in self._links:
+            link.close()
+        self._dialer.close()
+        if mine:
+            self._turn.release()
 
-    def wait(
-        self, connection: ArenaConnection | TcpConnection, answer: Answer, timeout_s: float
-    ) -> bool:
-        """Wait for an answer; False if it is not there within the time.
+    def result(self, link: Link, sent: Sent, timeout_s: float) -> bool:
+        """Wait for a pull's answer; False if it is not there within the time.
 
         Raises:
-            MantaError: what went wrong on this connection, or on another one: a shard that waits
-                for another worker may never answer if that worker's shard is gone.
+            MantaError: what went wrong on this connection, or on another one.
         """
-        deadline = time.monotonic() + timeout_s
-        while not connection.wait(answer, min(timeout_s, _CHECK_OTHERS_S)):
-            for other in self._connections:
-                other.check_alive()
-            timeout_s = deadline - time.monotonic()
-            if timeout_s <= 0:
+        with self._turn:
+            self._control.check()
+            if not self._wait(link, sent, timeout_s):
                 return False
-        connection.check()  # the error of a push may have come along with the answer
+            link.outbox.forget_done()
+            return True
+
+    def _wait(self, link: Link, sent: Sent, timeout_s: float) -> bool:
+        """Wait for an answer, and see to the other connections meanwhile.
+
+        A shard that waits for another worker may never answer if that worker's shard is gone, or if
+        this worker has to repeat a push to a shard that is back.
+        """
+        control = self._control
+        deadline, repaired_s = time.monotonic() + timeout_s, control.repair_s
+        while not link.wait(sent, min(timeout_s, CHECK_EVERY_S)):
+            control.check()
+            for other in self._links:
+                other.check_alive()
+            timeout_s = deadline + (control.repair_s - repaired_s) - time.monotonic()
+            if timeout_s <= 0 and sent.header is None:
+                return False
+        link.check()  # the error of a push may have come along with the answer
         return True
 
-    def forget_done(self, shard: int) -> None:
-        """Let go of the pushes that a shard is done with."""
-        pushes, done = self._pushes[shard], self._connections[shard].done_step
-        while pushes and pushes[0][0] < done:
-            pushes.popleft()
+    def _make_room(self, link: Link) -> None:
+        link.outbox.forget_done()
+        if link.outbox.num_pushes >= self._options.max_pushes:
+            self._wait_flushed(link, link.send(Kind.FLUSH, None), self._options.timeout_s)
+            link.outbox.forget_done()
 
-    def _make_room(self, shard: int, connection: ArenaConnection | TcpConnection) -> None:
-        self.forget_done(shard)
-        if len(self._pushes[shard]) >= MAX_PUSHES_IN_FLIGHT:
-            self._wait_flushed(connection, self._ask_flush(shard), self._options.timeout_s)
-            self.forget_done(shard)
-
-    def _ask_flush(self, shard: int) -> Answer:
-        connection = self._connections[shard]
-        request = connection.next_request()
-        answer = Answer(shard, (), None)
-        connection.expect(request, answer)
-        worker = self._credentials.worker
-        self._send(connection, Header(Kind.FLUSH, worker=worker, request=request), b"", [])
-        return answer
-
-    def _wait_flushed(
-        self, connection: ArenaConnection | TcpConnection, answer: Answer, timeout_s: float
-    ) -> None:
-        if not self.wait(connection, answer, timeout_s):
+    def _wait_flushed(self, link: Link, sent: Sent, timeout_s: float) -> None:
+        if not self._wait(link, sent, timeout_s):
             raise JobError(
-                f"shard {answer.shard} has not applied the gradients of this worker within "
+                f"shard {link.shard} has not applied the gradients of this worker within "
                 f"{timeout_s:g} s: another worker is slow or stuck"
             )
 
-    def _send(
-        self,
-        connection: ArenaConnection | TcpConnection,
-        header: Header,
-        meta: bytes,
-        payload: Sequence[Buffer],
-    ) -> None:
-        frame = encode(header, meta, payload)
-        self.sent_bytes[connection.shard] += len(frame) + sum(map(len, payload))
-        connection.send([frame, *payload])
+    def _check_places(self) -> None:
+        self._control.check()
+        for link in self._links:
+            link.check_place()
 
-    def _connected(self, endpoint: Endpoint) -> ArenaConnection | TcpConnection:
-        name, reason = self._options.name, "this system, or the shard's, has no memfd"
-        if HEADER_BYTES + self._options.format.meta_bytes > MAX_PACKET_BYTES:
-            reason = f"{len(self._options.format.dims)} tables do not fit one packet"
-            endpoint = replace(endpoint, unix_name="")
-        if name != "tcp" and available() and endpoint.unix_name:
-            sock = socket.socket(socket.AF_UNIX, socket.SOCK_SEQPACKET)
-            try:
-                sock.connect(f"\0{endpoint.unix_name}")
-            except OSError as e:  # such a name exists on the shard's own host only
-                sock.close()
-                reason = str(e.strerror)
-            else:
-                return self._sharing(sock, endpoint.shard)
-        if name == "arena":
-            raise JobError(
-                f"transport arena: shard {endpoint.shard} at {endpoint.host} shares no memory with "
-                f"this host: {reason}"
-            )
-        return self._over_tcp(endpoint)
-
-    def _sharing(self, sock: socket.socket, shard: int) -> ArenaConnection:
-        set_timeouts(sock)
-        shake_hands(sock, self._credentials, shard)
-        connection = ArenaConnection(sock, shard)
-        if self._arena is None:
-            self._arena = Arena(self._options.max_arena_bytes, self._on_segment)
-        self._arena.announce(connection.send_segment)
-        return connection
-
-    def _over_tcp(self, endpoint: Endpoint) -> TcpConnection:
-        address = (endpoint.host, endpoint.port)
-        try:
-            sock = socket.create_connection(address, timeout=_CONNECT_TIMEOUT_S)
-        except OSError as e:
-            raise ShardLostError(
-                f"shard {endpoint.shard}: no connection to {endpoint.host}:{endpoint.port}: "
-                f"{e.strerror or e}"
-            ) from None
-        sock.setsockopt(socket.IPPROTO_TCP, socket.TCP_NODELAY, 1)
-        shake_hands(sock, self._credentials, endpoint.shard)
-        if self._loop is None:
-            self._loop = TcpLoop(self._options.background)
-        return TcpConnection(sock, endpoint.shard, self._loop)
+    def _new_arena(self) -> Arena:
+        return Arena(self._options.max_arena_bytes, self._on_segment)
 
     def _on_segment(self, number: int, fd: int, size: int) -> None:
-        for connection in self._connections:
-            if isinstance(connection, ArenaConnection):
-                connection.send_segment(number, fd, size)
+        for link in self._links:
+            link.announce(number, fd, size)
 
 
 class PendingAnswer:
     """A shard's part of a pull under way (see `ps.client.PendingRows`)."""
 
-    def __init__(
-        self,
-        transport: WireTransport,
-        connection: ArenaConnection | TcpConnection,
-        answer: Answer,
-        version: int,
-    ) -> None:
+    def __init__(self, transport: WireTransport, link: Link, sent: Sent) -> None:
         self._transport = transport
-        self._connection = connection
-        self._answer = answer
-        self._version = version
+        self._link = link
+        self._sent = sent
 
     def result(self, timeout_s: float) -> tuple[int, float]:
         """Wait; returns the version of the rows, and seconds that the shard waited for it.
@@ -259,13 +219,13 @@ class PendingAnswer:
             JobError: no answer within the time.
             MantaError: what the shard raised, or `ShardLostError`.
         """
-        shard = self._answer.shard
-        if not self._transport.wait(self._connection, self._answer, timeout_s):
+        sent = self._sent
+        if not self._transport.result(self._link, sent, timeout_s):
+            assert sent.message is not None, "a pull names rows"
             raise JobError(
-                f"shard {shard} has not answered the pull of version {self._version} within "
-                f"{timeout_s:g} s: another worker is slow or stuck"
+                f"shard {self._link.shard} has not answered the pull of version "
+                f"{sent.message.version} within {timeout_s:g} s: another worker is slow or stuck"
             )
-        self._transport.forget_done(shard)
-        header = self._answer.header
+        header = sent.header
         assert header is not None, "it has come"
         return header.version, header.aux * 1e-9

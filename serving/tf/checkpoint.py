@@ -24,9 +24,9 @@ from google.protobuf import text_format  # type: ignore[import-untyped]
 from tensorflow.python.training.checkpoint_state_pb2 import CheckpointState
 
 from ps.errors import CheckpointError, ConfigError, StorageError
-from ps.export_file import RowFile, read_rows, sync, write_text
+from ps.export_file import sync, write_text
 from ps.ragged import F32
-from ps.snapshot import Snapshot
+from ps.snapshot import Snapshot, SnapshotTable
 from ps.start import check_variables
 from serving.tf.model_variables import described, named_variables
 from serving.tf.object_graph import (
@@ -44,26 +44,38 @@ _BYTES_PER_WRITER = 4 << 30  # a process more costs 3 s and 500 MB for importing
 
 
 @dataclass(frozen=True, slots=True)
+class _Array:
+    """The rows of a table, or one of its slots."""
+
+    table: SnapshotTable
+    slot: str | None = None
+
+
+@dataclass(frozen=True, slots=True)
 class _Slice:
     """Rows first … first + count - 1 of a tensor."""
 
     key: str
-    file: RowFile
+    array: _Array
     first: int
     count: int
 
     @property
     def spec(self) -> str:
         """TensorFlow's `shape_and_slices`; empty for a whole tensor."""
-        num_rows, dim = self.file.num_rows, self.file.dim
+        num_rows, dim = self.array.table.vocabulary_size, self.array.table.dim
         if self.count == num_rows:
             return ""
         return f"{num_rows} {dim} {self.first},{self.count}:0,{dim}"
 
+    @property
+    def size_bytes(self) -> int:
+        return 4 * self.count * self.array.table.dim
+
     def read(self) -> F32:
         """The rows, float32 [count, D]."""
-        rows = np.empty((self.count, self.file.dim), dtype=np.float32)
-        read_rows(self.file, self.first, rows)
+        rows = np.empty((self.count, self.array.table.dim), dtype=np.float32)
+        self.array.table.read_rows(self.first, rows, self.array.slot)
         return rows
 
 
@@ -105,12 +117,12 @@ def write_checkpoint(
         raise ConfigError(f"`attribute` must be a Python name of its own, got {attribute!r}")
     if slice_bytes < 1 or (num_writers is not None and num_writers < 1):
         raise ConfigError(f"{slice_bytes=} and {num_writers=} must be at least 1")
-    files = _files(snapshot, slots)
-    tensors = {key_of(attribute, name): file for name, file in files.items()}
+    arrays = _arrays(snapshot, slots)
+    tensors = {key_of(attribute, name): array for name, array in arrays.items()}
     prefix = Path(folder).absolute() / f"ckpt-{snapshot.step}"
     with _hidden(prefix) as hidden:
         graph, values = _model_part(snapshot, model, hidden)
-        add_variables(graph, attribute, files)
+        add_variables(graph, attribute, arrays)
         # `tf.train.Checkpoint.save` counts on from here, so the next name is not taken.
         values[add_save_counter(graph)] = np.int64(snapshot.step)
         values[GRAPH_KEY] = graph.SerializeToString()
@@ -132,36 +144,36 @@ def write_checkpoint(
     return str(prefix)
 
 
-def _files(snapshot: Snapshot, slots: bool) -> dict[str, RowFile]:
+def _arrays(snapshot: Snapshot, slots: bool) -> dict[str, _Array]:
     """The tables, and slots as `<table>/<slot>`, by the names that TensorFlow gives them."""
-    files: dict[str, RowFile] = {}
+    arrays: dict[str, _Array] = {}
     for table in snapshot.tables:
-        own = {table.name: table.row_file}
+        own = {table.name: _Array(table)}
         if slots:
-            own |= {f"{table.name}/{slot}": f for slot, f in table.slot_files.items()}
-        if twice := files.keys() & own.keys():
+            own |= {f"{table.name}/{slot}": _Array(table, slot) for slot in table.slot_names}
+        if twice := arrays.keys() & own.keys():
             raise CheckpointError(
                 f"'{min(twice)}' is the name of a table and of another one's slot; a TensorFlow "
                 "checkpoint cannot hold both"
             )
-        files |= own
-    return files
+        arrays |= own
+    return arrays
 
 
-def _parts(tensors: dict[str, RowFile], slice_bytes: int) -> Iterator[list[_Slice]]:
+def _parts(tensors: dict[str, _Array], slice_bytes: int) -> Iterator[list[_Slice]]:
     """All tensors as slices, in bunches of at most `slice_bytes`, or of one row."""
     part: list[_Slice] = []
     room = slice_bytes
-    for key, file in tensors.items():
-        row_bytes, first = 4 * file.dim, 0
-        while first < file.num_rows:
-            rows = min(room // row_bytes, file.num_rows - first)
+    for key, array in tensors.items():
+        num_rows, row_bytes, first = array.table.vocabulary_size, 4 * array.table.dim, 0
+        while first < num_rows:
+            rows = min(room // row_bytes, num_rows - first)
             if rows == 0 and part:
                 yield part
                 part, room = [], slice_bytes
                 continue
             rows = max(1, rows)
-            part.append(_Slice(key, file, first, rows))
+            part.append(_Slice(key, array, first, rows))
             first, room = first + rows, room - rows * row_bytes
     if part:
         yield part
@@ -170,7 +182,7 @@ def _parts(tensors: dict[str, RowFile], slice_bytes: int) -> Iterator[list[_Slic
 def _write_parts(hidden: Path, parts: list[list[_Slice]], num_writers: int | None) -> list[str]:
     prefixes = [str(hidden / f"part-{number:06d}") for number in range(len(parts))]
     if num_writers is None:
-        size = sum(4 * s.count * s.file.dim for part in parts for s in part)
+        size = sum(s.size_bytes for part in parts for s in part)
         num_writers = min(1 + size // _BYTES_PER_WRITER, os.cpu_count() or 1)
     if num_writers == 1:
         for prefix, part in zip(prefixes, parts, strict=True):
@@ -204,7 +216,7 @@ def _model_part(snapshot: Snapshot, model: Any, hidden: Path) -> tuple[Any, dict
     if model is None:
         return new_graph(), {}
     if snapshot.dense is None:
-        raise ConfigError(f"snapshot '{snapshot.path}' has no dense model; leave out `model`")
+        raise ConfigError(f"snapshot '{snapshot.location}' has no dense model; leave out `model`")
     check_variables(snapshot, snapshot.dense, described(model))
     variables, values = named_variables(model).values(), snapshot.dense.named().values()
     for variable, value in zip(variables, values, strict=True):

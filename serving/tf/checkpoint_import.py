@@ -10,16 +10,19 @@ import numpy as np
 import tensorflow as tf
 
 from ps.columns import Transform
-from ps.errors import CheckpointError, ConfigError
+from ps.errors import CheckpointError, ConfigError, SnapshotError
 from ps.export import ExportWriter
 from ps.export_file import fill_rows
 from ps.ragged import F32
-from ps.snapshot import SnapshotWriter
+from ps.snapshot import SNAPSHOT, complete_snapshots, snapshot_name
+from ps.snapshot_writer import SnapshotWriter
 from ps.spec import EmbeddingSpec, TableSpec
+from ps.table_parts import PartWriter, SealedPart
 from serving.tf.checkpoint_reader import CheckpointReader, ReadRows
 from serving.tf.model_variables import described, flat_values, named_variables
 
 Slots = Literal["required", "initial"]
+_CHUNK_BYTES = 16 << 20
 
 
 def import_export(
@@ -73,7 +76,7 @@ def import_export(
 def import_snapshot(
     prefix: str | Path,
     spec: EmbeddingSpec,
-    root: Path,
+    root: str | Path,
     *,
     attribute: str = "embedding",
     step: int = 0,
@@ -83,13 +86,13 @@ def import_snapshot(
     slots: Slots = "required",
     model: Any = None,
     model_info: Mapping[str, Any] | None = None,
-) -> Path:
+) -> str:
     """Make a snapshot of a checkpoint's tables and slots, to give as `train.start_from`.
 
     Args:
         prefix: of the checkpoint, or a folder, whose latest one is taken.
         spec: the tables with their optimizers, and the features; the checkpoint may have more.
-        root: of the snapshots.
+        root: of the snapshots: a folder, `s3://…` or `gs://…`.
         attribute: name of the embedding in the `tf.train.Checkpoint`, or a path.
         step: training steps behind the values; learning rates go on from there.
         job: name for the manifest.
@@ -103,7 +106,7 @@ def import_snapshot(
             `model`.
 
     Returns:
-        The new snapshot's folder.
+        The new snapshot's location.
 
     Raises:
         CheckpointError: a table or slot is missing, of another shape or not float32; names its key.
@@ -115,16 +118,36 @@ def import_snapshot(
         raise ConfigError(f"`slots` must be 'required' or 'initial', got {slots!r}")
     reader = CheckpointReader(prefix, attribute)
     sources = {t.name: (reader.rows(t), _slot_sources(reader, t, slots)) for t in spec.tables}
-    with SnapshotWriter(root, spec, step=step, seed=seed, job=job, transforms=transforms) as writer:
-        for name, (rows, slot_sources) in sources.items():
-            fill_rows(writer.row_file(name), rows)
-            for slot, file in writer.slot_files(name).items():
-                fill_rows(file, slot_sources[slot])
+    if step in complete_snapshots(root):  # which a second attempt of one job would replace
+        raise SnapshotError(f"'{root}/{snapshot_name(step)}': there is one already")
+    with (
+        SNAPSHOT.errors(),
+        SnapshotWriter(
+            root, spec, step=step, seed=seed, job=job, num_shards=1, transforms=transforms
+        ) as writer,
+    ):
+        for table in spec.tables:
+            writer.add_parts([_write_part(writer.part(0, table.name), table, *sources[table.name])])
         if model is not None and model_info is not None:
             _restore(model, reader.contents.prefix)
             values = flat_values(model)
             writer.add_dense(described(model), values, model=model_info, optimizer=None)
         return writer.commit()
+
+
+def _write_part(
+    part: PartWriter, table: TableSpec, rows: ReadRows, slots: Mapping[str, ReadRows]
+) -> SealedPart:
+    """The table as the part of a single shard, some rows at a time."""
+    reads = [rows, *slots.values()]
+    step = max(1, _CHUNK_BYTES // (4 * table.dim * len(reads)))
+    for first in range(0, table.vocabulary_size, step):
+        shape = (len(reads), min(step, table.vocabulary_size - first), table.dim)
+        values = np.empty(shape, dtype=np.float32)
+        for read, out_ND in zip(reads, values, strict=True):
+            read(first, out_ND)
+        part.append(values[0], dict(zip(slots, values[1:], strict=True)))
+    return part.close()
 
 
 def _slot_sources(reader: CheckpointReader, table: TableSpec, slots: Slots) -> dict[str, ReadRows]:

@@ -24,6 +24,7 @@ from serving.app import create_app
 from serving.lookup import LookupService
 from tests.support.http import ask
 from tests.support.jobs import every_optimizer_job, write_examples
+from tests.support.runs import evaluated, train_steps
 from workers.config import FeatureEntry, JobConfig, TableEntry
 from workers.job import plan_job, running
 
@@ -61,8 +62,8 @@ def test_training_on_ids_beyond_int32_gives_the_bits_of_small_ids(tmp_path: Path
         job = _job(tmp_path, first)
         with running(job) as run:
             plan = plan_job(job)
-            run.train(plan, [])
-            metrics.append(run.evaluate(plan))
+            train_steps(run, plan, [])
+            metrics.append(evaluated(run, plan))
             stats = run.shards.stats()
         assert sum(s.num_rows for s in stats) == first + 300
     assert metrics[0] == metrics[1]

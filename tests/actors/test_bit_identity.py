@@ -8,6 +8,7 @@ import numpy as np
 import pytest
 
 from tests.support.jobs import every_optimizer_job, with_lookahead, write_examples
+from tests.support.runs import evaluated, train_steps
 from workers.config import JobConfig
 from workers.job import plan_job, running
 
@@ -23,8 +24,8 @@ def final_bits(job: JobConfig) -> dict[str, bytes]:
     """Everything that a run ends with: rows, slots, dense values, their slots, and metrics."""
     plan = plan_job(job)
     with running(job) as run:
-        run.train(plan, ())
-        bits = {"metrics": repr(run.evaluate(plan)).encode()}
+        train_steps(run, plan, ())
+        bits = {"metrics": repr(evaluated(run, plan)).encode()}
         for table in job.tables:
             state = run.shards.read_table(table, plan.total_steps)
             bits[table] = state.rows.tobytes()

@@ -27,6 +27,7 @@ from ps.optimizers import Adagrad, Adam, LinearDecay
 from ps.ragged import Ragged
 from ps.snapshot import export_snapshot, open_snapshot
 from serving.lookup import LookupService
+from tests.support.runs import evaluated, take_snapshot, train_steps
 from workers.config import (
     ClusterConfig,
     DataConfig,
@@ -125,10 +126,10 @@ def test_raw_values_train_to_the_bits_of_ids(data: Path) -> None:
     for job in (_job(data, columns=COLUMNS), _ids_job(data)):
         with running(job) as run:
             plan = plan_job(job)
-            run.train(plan, [])
+            train_steps(run, plan, [])
             tables = [t.name for t in job.embedding_spec().tables]
             rows = {t: run.shards.read_table(t, plan.last_step).rows.tobytes() for t in tables}
-            found.append((run.evaluate(plan), rows))
+            found.append((evaluated(run, plan), rows))
     (metrics, rows), (wanted_metrics, wanted_rows) = found
     assert rows == wanted_rows
     assert metrics == wanted_metrics
@@ -147,9 +148,9 @@ def test_exports_and_snapshots_keep_the_transforms_and_sequences_have_lengths(
     job = replace(job, cluster=ClusterConfig(shards=2, workers=1))
     with running(job) as run:
         plan = plan_job(job)
-        run.train(plan, [])
+        train_steps(run, plan, [])
         folder = run.export(plan.last_step)
-        run.snapshot(plan.last_step)
+        take_snapshot(run, plan)
     assert folder is not None
     export = open_export(folder, verify=True)
     assert dict(export.transforms) == dict(job.transforms())

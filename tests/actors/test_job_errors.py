@@ -13,6 +13,7 @@ import ray
 from ps.config import SGD
 from ps.errors import ConfigError, IdRangeError, JobError
 from tests.support.jobs import BrokenRate, every_optimizer_job, write_examples
+from tests.support.runs import train_steps
 from workers.config import JobConfig
 from workers.job import Progress, plan_job, running, train
 
@@ -74,7 +75,7 @@ def test_a_killed_shard_ends_the_job_with_an_error(job: JobConfig) -> None:
     plan = plan_job(job)
     gone = r"actor|shard 0: the connection is gone"
     with pytest.raises(JobError, match=gone), running(job) as run:
-        run.train(plan, [KillOne(run.shards.handles[0])])
+        train_steps(run, plan, [KillOne(run.shards.handles[0])])
     assert living_actors() == []
 
 

@@ -10,6 +10,7 @@ import pytest
 from ps.config import Adagrad, CustomCombiner, QuantizationConfig
 from ps.errors import ConfigError
 from tests.support.jobs import every_optimizer_job, write_examples
+from tests.support.runs import evaluated, train_steps
 from workers.config import FeatureEntry, JobConfig, TableEntry
 from workers.job import plan_job, running
 
@@ -53,8 +54,8 @@ def test_a_job_with_every_lookup_option_trains_all_its_tables(job: JobConfig) ->
     plan = plan_job(job)
     with running(job) as run:
         before = {table: run.shards.read_table(table, 0).rows.copy() for table in TABLES}
-        run.train(plan, ())
-        assert np.isfinite(run.evaluate(plan)["rmse"])
+        train_steps(run, plan, ())
+        assert np.isfinite(evaluated(run, plan)["rmse"])
         for table in TABLES:
             rows = run.shards.read_table(table, plan.total_steps).rows
             assert np.isfinite(rows).all()

@@ -11,6 +11,7 @@ import numpy as np
 import pytest
 
 from tests.support.jobs import every_optimizer_job, write_examples
+from tests.support.runs import train_steps
 from workers.config import JobConfig
 from workers.job import TrainResult, plan_job, running, train
 from workers.progress import MetricsFile
@@ -65,7 +66,7 @@ def test_shards_combine_bags_and_narrow_numbers_travel(job: JobConfig) -> None:
     found = {}
     for name, run_job in jobs.items():
         with running(run_job) as run:
-            run.train(plan, [])
+            train_steps(run, plan, [])
             found[name] = [run.shards.read_table(t, 20).rows for t in ("users", "plain")]
     (users, plain), (combined, _) = found["exact"], found["exact, combined"]
     np.testing.assert_allclose(combined, users, atol=2e-5)

@@ -9,6 +9,7 @@ import pytest
 import ray
 
 from tests.support.jobs import every_optimizer_job, write_examples
+from tests.support.runs import train_steps
 from workers.job import plan_job, running
 
 pytestmark = [pytest.mark.actors, pytest.mark.usefixtures("ray_session")]
@@ -24,7 +25,7 @@ def test_shards_and_workers_are_processes_of_their_own_and_shards_have_no_tensor
 
     job = every_optimizer_job(write_examples(tmp_path))
     with running(job) as run:
-        run.train(plan_job(job), [])
+        train_steps(run, plan_job(job), [])
         shards = ray.get([h.__ray_call__.remote(look) for h in run.shards.handles], timeout=60)
         workers = ray.get([w.__ray_call__.remote(look) for w in run.workers], timeout=60)
         rows = [stats.num_rows for stats in run.shards.stats()]

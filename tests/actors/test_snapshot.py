@@ -15,6 +15,7 @@ from ps.errors import ConfigError, IdRangeError, SnapshotError
 from ps.snapshot import Snapshot, open_snapshot
 from tests.support.jobs import every_optimizer_job, write_examples
 from tests.support.models import build_mlp
+from tests.support.runs import take_snapshot, train_steps
 from workers.config import JobConfig
 from workers.job import Run, TrainResult, running, train
 from workers.jobplan import plan_job
@@ -49,7 +50,7 @@ def bits(snapshot: Snapshot) -> dict[str, bytes]:
     out = {}
     for table in snapshot.tables:
         out[table.name] = table.rows.tobytes()
-        out |= {f"{table.name}/{slot}": table.slot(slot).tobytes() for slot in table.slot_files}
+        out |= {f"{table.name}/{slot}": table.slot(slot).tobytes() for slot in table.slot_names}
     assert snapshot.dense is not None
     dense = snapshot.dense.values()
     out |= {f"dense/{name}": values.tobytes() for name, values in dense.slots.items()}
@@ -79,8 +80,8 @@ def test_three_steps_a_snapshot_and_three_more_end_with_the_bits_of_six(
     plan = plan_job(job_on(files[2], tmp_path / "rest", start=half.snapshot.parent, shards=2))
     with running(plan.job) as run:
         assert_holds(run, open_snapshot(half.snapshot, verify=True))
-        run.train(plan, [])
-        folder = run.snapshot(plan.last_step)
+        train_steps(run, plan, [])
+        folder = take_snapshot(run, plan)
     assert folder is not None
     assert folder.name == whole.snapshot.name == "step-000000006"
     ended, wanted = (open_snapshot(p, verify=True) for p in (folder, whole.snapshot))
@@ -94,7 +95,7 @@ def assert_holds(run: Run, snapshot: Snapshot) -> None:
     for table in snapshot.tables:
         state = run.shards.read_table(table.name, 3)
         np.testing.assert_array_equal(table.rows, state.rows)
-        assert state.slots.keys() == table.slot_files.keys()
+        assert state.slots.keys() == set(table.slot_names)
         for slot, values in state.slots.items():
             np.testing.assert_array_equal(table.slot(slot), values)
     assert snapshot.dense is not None

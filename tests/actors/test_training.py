@@ -11,6 +11,7 @@ import pytest
 
 from ps.export import open_export
 from tests.support.jobs import every_optimizer_job, with_lookahead, write_examples
+from tests.support.runs import train_steps
 from workers.config import JobConfig
 from workers.job import Progress, plan_job, running, train
 from workers.progress import MetricsFile
@@ -37,7 +38,7 @@ def test_reports_cover_every_step_and_measure_staleness(job: JobConfig) -> None:
         collect = Collect()
         ahead = with_lookahead(job, lookahead)
         with running(ahead) as run:
-            run.train(plan, [collect])
+            train_steps(run, plan, [collect])
             assert {stats.version for stats in run.shards.stats()} == {plan.total_steps}
         assert [p.step for p in collect.seen] == [7, 14, 20]
         assert max(p.staleness for p in collect.seen) == lookahead
@@ -51,7 +52,7 @@ def test_an_export_holds_exactly_what_the_shards_hold(job: JobConfig, tmp_path: 
     plan = plan_job(job)
     exporting = replace(job, output=replace(job.output, export=tmp_path / "export"))
     with running(exporting) as run:
-        run.train(plan, [])
+        train_steps(run, plan, [])
         folder = run.export(plan.total_steps)
         assert folder is not None
         export = open_export(folder, verify=True)

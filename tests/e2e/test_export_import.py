@@ -92,8 +92,8 @@ def test_a_checkpoint_comes_back_bit_for_bit_and_trains_on(
         copy = again.table(table.name)
         np.testing.assert_array_equal(copy.rows, table.rows)
         np.testing.assert_array_equal(served.tables[table.name].rows_VD, table.rows)
-        assert copy.slot_files.keys() == table.slot_files.keys()
-        for slot in table.slot_files:
+        assert copy.slot_names == table.slot_names
+        for slot in table.slot_names:
             np.testing.assert_array_equal(copy.slot(slot), table.slot(slot))
     assert first.dense is not None
     assert again.dense is not None
@@ -109,13 +109,13 @@ def test_a_damaged_snapshot_is_not_exported(
 ) -> None:
     copy = tmp_path / "snapshot"
     shutil.copytree(trained / "snapshot", copy)
-    (rows,) = copy.glob("step-*/tables/users/rows.arrow")
+    (rows,) = copy.glob("step-*/users.0-of-*.arrow")
     content = bytearray(rows.read_bytes())
     content[len(content) // 2] ^= 1
     rows.write_bytes(content)
     run = manta_here("export", copy, "--export", tmp_path / "export")
     assert run.returncode == 1
-    assert re.fullmatch(r"error: .*rows\.arrow' is damaged: sha256 .*\n", run.stderr)
+    assert re.fullmatch(r"error: .*users\.0-of-.*\.arrow' is damaged: xxh3 .*\n", run.stderr)
     assert not (tmp_path / "export").exists()
 
 

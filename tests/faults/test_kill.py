@@ -13,6 +13,7 @@ import ray
 
 from ps.errors import JobError
 from tests.support.jobs import every_optimizer_job, write_examples
+from tests.support.runs import train_steps
 from workers.job import Progress, Run, plan_job, running
 
 pytestmark = [pytest.mark.faults, pytest.mark.usefixtures("ray_session")]
@@ -46,7 +47,7 @@ def test_a_killed_process_ends_the_job_with_an_error_at_once(tmp_path: Path, vic
     def run_and_kill() -> None:
         with running(long) as run:
             kills.append(KillAtFirstReport(run, victim))
-            run.train(plan, kills)
+            train_steps(run, plan, kills)
 
     with pytest.raises(JobError, match=r"died|unavailable|failed"):
         run_and_kill()

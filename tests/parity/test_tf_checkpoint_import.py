@@ -7,6 +7,7 @@ from __future__ import annotations
 
 import itertools
 from pathlib import Path
+from types import SimpleNamespace
 from typing import Any
 
 import numpy as np
@@ -19,7 +20,6 @@ from ps.config import SGD, FeatureConfig, TableConfig
 from ps.dense_variables import DenseValues
 from ps.errors import CheckpointError, ConfigError, SnapshotError
 from ps.export import open_export
-from ps.export_file import RowFile
 from ps.messages import Push
 from ps.ragged import F32
 from ps.shard import ShardSpec, ShardState
@@ -393,8 +393,9 @@ def test_rows_beyond_two_to_the_31_are_cut_and_found(tmp_path: Path) -> None:
     assert same_bits(found, rows[1:])
     with pytest.raises(CheckpointError, match=rf"'some/key' lacks row {first + 6}"):
         Bundle(prefix).read_rows("some/key", first + 2, found)
-    file = RowFile("unused", 0, num_rows, 1)
-    parts = list(serving.tf.checkpoint._parts({"k": file}, 1 << 30))
+    table = SimpleNamespace(vocabulary_size=num_rows, dim=1)
+    array = serving.tf.checkpoint._Array(table)  # type: ignore[arg-type]
+    parts = list(serving.tf.checkpoint._parts({"k": array}, 1 << 30))
     spans = [(s.first, s.count) for part in parts for s in part]
     assert sum(count for _, count in spans) == num_rows
     assert all(4 * count <= 1 << 30 for _, count in spans)

@@ -27,7 +27,7 @@ _ODD = [-2, -1, 0, 1, 2, 63, 64, 2**31, 2**40, 2**40 - 1, 2**60, 2**63 - 1, -(2*
 
 
 class Fuzzer:
-    """Sends bad frames to one shard; whom it pretends to be is worker 0."""
+    """Sends bad frames to one shard; whom it pretends to be is worker 1."""
 
     def __init__(self, endpoint: Endpoint, job: Job, seed: int) -> None:
         self._endpoint = endpoint
@@ -60,7 +60,7 @@ class Fuzzer:
         knows = self._rng.random() < 0.6
         peer = RawPeer(self._endpoint, kind)
         try:
-            answer = peer.shake_hands() if knows else None
+            answer = peer.shake_hands(worker=1) if knows else None
             assert knows == (answer is not None), "who knows the token is let in"
             with contextlib.suppress(OSError):
                 if knows and kind == "unix":
@@ -156,7 +156,7 @@ class Fuzzer:
         """A pull, push or flush whose checksum is right, and a few of its numbers wrong."""
         rng, of_kind = self._rng, Kind(int(self._rng.choice([5, 5, 6, 6, 7])))
         if of_kind == Kind.FLUSH:
-            return bytes(encode(Header(of_kind, request=int(rng.integers(0, 9)))))
+            return bytes(encode(Header(of_kind, worker=1, request=int(rng.integers(0, 9)))))
         entries = int(rng.integers(0, 20))
         bags = int(rng.integers(0, 5)) if rng.random() < 0.3 else -1
         numbers = self._description(entries, bags, of_kind)
@@ -167,7 +167,7 @@ class Fuzzer:
             numbers[rng.integers(0, numbers.size)] = self._any(_ODD)
         version = self._any([-1, 0, 5, NO_STEP])
         step = NO_STEP + int(rng.integers(0, 100)) if of_kind == Kind.PUSH else version
-        header = Header(of_kind, worker=int(rng.random() < 0.1), request=int(rng.integers(0, 99)),
+        header = Header(of_kind, worker=int(rng.random() < 0.9), request=int(rng.integers(0, 99)),
                         step=step, version=version)  # fmt: skip
         return bytes(encode(header, numbers.tobytes(), [memoryview(payload)])) + payload
 

@@ -19,6 +19,7 @@ from workers.config import (
     JobConfig,
     ModelConfig,
     OutputConfig,
+    RecoveryConfig,
     TableEntry,
     TrainConfig,
 )
@@ -105,3 +106,24 @@ def every_optimizer_job(data: Path, **cluster: Any) -> JobConfig:
 def with_lookahead(job: JobConfig, lookahead: int) -> JobConfig:
     """The same job with another lookahead."""
     return replace(job, train=replace(job.train, lookahead=lookahead))
+
+
+def with_recovery(
+    job: JobConfig, snapshots: Path | str, durability: str = "snapshot", **recovery: Any
+) -> JobConfig:
+    """The same job with a durability; a snapshot every 4 steps unless told otherwise."""
+    options = {"snapshot_every": 4, **recovery}
+    return replace(
+        job,
+        output=replace(job.output, snapshot=snapshots),
+        recovery=RecoveryConfig(durability=durability, **options),  # type: ignore[arg-type]
+    )
+
+
+def with_ranks(job: JobConfig, ranks: int, workers: int) -> JobConfig:
+    """The same job with this many ranks, on this many workers."""
+    return replace(
+        job,
+        train=replace(job.train, ranks=ranks),
+        cluster=replace(job.cluster, workers=workers),
+    )

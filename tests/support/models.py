@@ -2,6 +2,9 @@
 
 from __future__ import annotations
 
+import os
+import signal
+
 import numpy as np
 import tensorflow as tf
 
@@ -47,3 +50,15 @@ def build_keras(inputs: ModelInputs, units: int = 4) -> tf.Module:
             return self.out(self.dropout(self.hidden(x), training=training))
 
     return Ranker()
+
+
+def build_deadly(inputs: ModelInputs) -> tf.Module:
+    """A model whose training kills the process, as a broken driver of an accelerator may."""
+
+    class Deadly(JoinedMLP):
+        def __call__(self, activations, dense, training):
+            if training:
+                os.kill(os.getpid(), signal.SIGKILL)
+            return super().__call__(activations, dense, training)
+
+    return Deadly(inputs)

@@ -3,17 +3,20 @@
 from __future__ import annotations
 
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 
 from ps.config import FTRL, SGD, Adagrad, AdagradMomentum, Adam, FeatureConfig, TableConfig
 from ps.dense_variables import DenseValues, DenseVariable
-from ps.export_file import write_rows
+from ps.disk import Disk
 from ps.optimizers import Optimizer
+from ps.partition import Layout, Placement
 from ps.ragged import F32
 from ps.shard import ShardSpec, ShardState
-from ps.shard_files import load_pieces
-from ps.snapshot import Snapshot, SnapshotWriter
+from ps.shard_files import load_rows
+from ps.snapshot import Snapshot, load_shard, open_snapshot, snapshot_location
+from ps.snapshot_writer import SnapshotWriter
 from ps.spec import EmbeddingSpec, resolve
 
 OPTIMIZERS: dict[str, Optimizer] = {
@@ -70,33 +73,76 @@ def dense_values(*slots: str, seed: int = 1) -> DenseValues:
     )
 
 
+def small_spec(**changes: Any) -> EmbeddingSpec:
+    """One table `t` [4, 2] under FTRL, with changes."""
+    table = {"vocabulary_size": 4, "dim": 2, "optimizer": FTRL(), "name": "t"} | changes
+    return resolve({"f": FeatureConfig(TableConfig(**table))})
+
+
+def small(root: str | Path, *, step: int = 6, **about: Any) -> Snapshot:
+    """A snapshot of `small_spec`, with a dense model."""
+    spec = small_spec()
+    dense = dense_values("momenta", "velocities")
+    write_snapshot(root, spec, random_contents(spec), step=step, dense=dense, **about)
+    return open_snapshot(snapshot_location(root, step))
+
+
+def part_of(values: F32, placement: Placement, shard: int) -> F32:
+    """The rows of a shard, in local order."""
+    slabs = [values[s.first_id : s.first_id + s.num_rows] for s in placement.slabs(shard)]
+    return np.concatenate([values[:0], *slabs])
+
+
 def write_snapshot(
-    root: Path,
+    root: str | Path,
     spec: EmbeddingSpec,
     contents: Contents,
     *,
     step: int = 6,
     dense: DenseValues | None = None,
     variables: tuple[DenseVariable, ...] = VARIABLES,
+    num_shards: int = 1,
+    job: str = "test",
+    disk: Disk | None = None,
+    **about: Any,
 ) -> Path:
     """A snapshot of these tables; returns its folder."""
-    with SnapshotWriter(root, spec, step=step, seed=3, job="test") as writer:
-        for name, arrays in contents.items():
-            files = {"rows": writer.row_file(name), **writer.slot_files(name)}
-            for key, values in arrays.items():
-                write_rows(files[key], 0, values)
+    with SnapshotWriter(
+        root, spec, step=step, seed=3, job=job, num_shards=num_shards, disk=disk, **about
+    ) as writer:
+        placements = Layout.of(spec, num_shards).placements
+        for shard in range(num_shards):
+            for name, arrays in contents.items():
+                rows, *slots = (part_of(a, placements[name], shard) for a in arrays.values())
+                part = writer.part(shard, name)
+                try:
+                    part.append(rows, dict(zip(list(arrays)[1:], slots, strict=True)))
+                    sealed = part.close()
+                finally:
+                    part.abandon()
+                writer.add_parts([sealed])
         if dense is not None:
             model = {"name": "mlp", "params": {"hidden": [8]}}
             optimizer = Adam() if dense.slots else None
             writer.add_dense(variables, dense, model=model, optimizer=optimizer)
-        return writer.commit()
+        return Path(writer.commit())
+
+
+def contents_of(snapshot: Snapshot) -> Contents:
+    """Every table and slot of a snapshot."""
+    return {
+        t.name: {"rows": t.rows} | {slot: t.slot(slot) for slot in t.slot_names}
+        for t in snapshot.tables
+    }
 
 
 def state_from(snapshot: Snapshot, spec: ShardSpec, dense: DenseValues) -> ShardState:
     """One shard that has taken its tables from a snapshot's files, and these dense values."""
     state = ShardState(spec)
-    for table in snapshot.tables:
-        for _ in load_pieces(state, table.name, table.row_file, table.slot_files):
+    placements = Layout.of(spec.embedding, spec.num_shards).placements
+    for table in spec.embedding.tables:
+        pieces = load_shard(snapshot, table.name, placements[table.name], spec.shard_id)
+        for _ in load_rows(state, table.name, pieces):
             pass
     state.set_dense(dense.trainable, dense.state, dense.slots, snapshot.step)
     return state

@@ -20,6 +20,7 @@ from tests.support.snapshots import (
     OPTIMIZERS,
     SIZES,
     Contents,
+    contents_of,
     every_optimizer_spec,
     random_contents,
     write_snapshot,
@@ -69,11 +70,7 @@ def rows_only(contents: Contents) -> Contents:
 
 
 def snapshot_contents_equal(snapshot: Snapshot, contents: Contents) -> bool:
-    found = {
-        t.name: {"rows": t.rows} | {slot: t.slot(slot) for slot in t.slot_files}
-        for t in snapshot.tables
-    }
-    return same_contents(found, contents)
+    return same_contents(contents_of(snapshot), contents)
 
 
 def spec_of(*names: str, **changes: Any) -> EmbeddingSpec:

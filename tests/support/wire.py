@@ -61,6 +61,7 @@ class Job:
     mode: Mode = "sync"
     max_staleness: int = 0
     dtype: WireDtype = "float32"
+    history: int = 0
 
     @property
     def embedding(self) -> EmbeddingSpec:
@@ -91,6 +92,7 @@ class Job:
             dense_optimizer=Adam(0.1),
             mode=self.mode,
             max_staleness=self.max_staleness,
+            history=self.history,
         )
         state, layout = ShardState(spec), self.layout
         dense = np.linspace(-1, 1, self.dense_size, dtype=np.float32)
@@ -213,9 +215,9 @@ class Training:
         return self.job.names([self.worker, step], bags=self.bags)
 
     def begin(self) -> None:
-        """Pull for the first steps, all of the first version."""
-        for step in range(self.lookahead):
-            self._pull(step, 0)
+        """Pull for the steps up to the lookahead, of the versions that they would have had."""
+        for step in range(self.step, self.step + self.lookahead):
+            self._pull(step, max(0, step - self.lookahead))
 
     def _pull(self, step: int, version: int) -> None:
         names = self.names(step)

@@ -2,7 +2,10 @@
 
 from __future__ import annotations
 
+import fcntl
+import os
 import socket
+from array import array
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from typing import Any, cast
@@ -66,6 +69,9 @@ class Recorder:
 
     def done_step(self, worker: int) -> int:
         return len(self.pushes)
+
+    def fences(self) -> tuple[int, ...]:
+        return (0,) * self.spec.num_workers
 
     def dense(self) -> tuple[F32, dict[str, F32], F32]:
         k, d, s = self.spec.shard_id, self._layout.dense_splits, self._layout.state_splits
@@ -135,6 +141,8 @@ class RawPeer:
             try:
                 count = self.sock.recv_into(packet if packets else self.frames.wanted)
             except ConnectionError:
+                if packets:  # reported ahead of what came before it, and once
+                    continue
                 return None
             if count == 0:
                 return None
@@ -208,6 +216,9 @@ class Captured:
     def flush(self, timeout_s: float) -> None:
         """Nothing to wait for."""
 
+    def close(self) -> None:
+        """Nothing to give back."""
+
 
 class _Now:
     def __init__(self, version: int) -> None:
@@ -255,3 +266,22 @@ def error_of(peer: RawPeer) -> str:
     assert frame is not None
     assert frame.header.kind == Kind.ERROR
     return frame.meta.decode()
+
+
+def segment(size: int = 1 << 16) -> int:
+    fd = os.memfd_create("test", os.MFD_ALLOW_SEALING | os.MFD_CLOEXEC)
+    os.posix_fallocate(fd, 0, size)
+    fcntl.fcntl(fd, fcntl.F_ADD_SEALS, fcntl.F_SEAL_SHRINK | fcntl.F_SEAL_GROW | fcntl.F_SEAL_SEAL)
+    return fd
+
+
+def send_fds(peer: RawPeer, fds: list[int], data: bytes) -> None:
+    ancillary = [(socket.SOL_SOCKET, socket.SCM_RIGHTS, array("i", fds))]
+    peer.sock.sendmsg([data], ancillary)
+
+
+def give_segment(peer: RawPeer) -> None:
+    """Announce a first segment over a Unix socket."""
+    fd = segment()
+    send_fds(peer, [fd], bytes(encode(Header(Kind.ARENA, aux=1 << 16))))
+    os.close(fd)

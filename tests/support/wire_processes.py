@@ -46,7 +46,7 @@ class ShardProcess:
 @contextmanager
 def shards_in_processes(job: Job, **options: Any) -> Iterator[list[ShardProcess]]:
     """One process per shard."""
-    context = _fast_context()
+    context = fast_context()
     with ExitStack() as stack:
         started = []
         for k in range(job.num_shards):
@@ -66,7 +66,7 @@ def shards_in_processes(job: Job, **options: Any) -> Iterator[list[ShardProcess]
         yield shards
 
 
-def _fast_context() -> Any:
+def fast_context() -> Any:
     """Processes are forked from one that has imported what they need, and has no threads."""
     context = multiprocessing.get_context("forkserver")
     context.set_forkserver_preload(["tests.support.wire_processes"])
@@ -92,7 +92,7 @@ def _serve(job: Job, k: int, options: dict[str, Any], pipe: Any) -> None:
 @contextmanager
 def in_process(function: Callable[..., None], *args: Any) -> Iterator[Any]:
     """Run a function in a process of its own, which is killed at the end."""
-    process = _fast_context().Process(target=function, args=args, daemon=True)
+    process = fast_context().Process(target=function, args=args, daemon=True)
     process.start()
     try:
         yield process

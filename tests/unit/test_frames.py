@@ -122,7 +122,7 @@ def test_a_frame_keeps_its_arrays_when_the_next_one_comes() -> None:
 def test_a_header_has_the_bytes_that_the_protocol_says() -> None:
     header = Header(Kind.PULL, worker=0x04030201, request=5, step=-2, version=-1, aux=7, flags=9)
     data = stream(header, b"abc")
-    assert data[:8] == b"MNTA" + bytes([1, 5]) + b"\x09\x00"
+    assert data[:8] == b"MNTA" + bytes([2, 5]) + b"\x09\x00"
     numbers = [3, 0x04030201, 0, 5, 2**64 - 2, 2**64 - 1, 7]
     at = 8
     for number, size in zip(numbers, [4, 4, 8, 8, 8, 8, 8], strict=True):
@@ -190,7 +190,7 @@ def packed(**wrong: Any) -> bytes:
 
 WRONG = {
     "magic": ({"magic": b"HTTP"}, "starts with b'HTTP'"),
-    "newer protocol": ({"protocol": PROTOCOL + 1}, "frame of protocol 2, this side speaks 1"),
+    "newer protocol": ({"protocol": PROTOCOL + 1}, "frame of protocol 3, this side speaks 2"),
     "no kind": ({"kind": 0}, "frame of kind 0"),
     "unknown kind": ({"kind": 11}, "frame of kind 11"),
     "meta": ({"meta_bytes": MAX_META_BYTES + 1}, "meta part of 1048577 bytes, at most 1048576"),

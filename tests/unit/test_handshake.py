@@ -19,6 +19,7 @@ from ps.wire.handshake import (
     hello,
     new_nonce,
     new_token,
+    welcome,
 )
 
 TOKEN, OTHER = b"t" * 32, b"o" * 32
@@ -43,6 +44,11 @@ def said(token: bytes = TOKEN, worker: int = 1, shard: int = 2, fingerprint: int
     return frame_of(hello(token, challenged, WORKERS, worker, shard, fingerprint))
 
 
+def welcomed(token: bytes, nonce: bytes, greeting: Frame, done: int = 5, fence: int = 7) -> Frame:
+    check_hello(token, nonce, greeting)
+    return frame_of(welcome(token, nonce, greeting, done, fence))
+
+
 @given(st.integers(0, 2**32 - 1), st.integers(0, 2**31), st.integers(0, 2**64 - 1))
 def test_both_sides_believe_who_knows_the_token(worker: int, shard: int, fingerprint: int) -> None:
     token, nonces = new_token(), (new_nonce(), new_nonce())
@@ -50,13 +56,13 @@ def test_both_sides_believe_who_knows_the_token(worker: int, shard: int, fingerp
     greeting = frame_of(hello(token, challenged, nonces[1], worker, shard, fingerprint))
     seen = (greeting.header.worker, greeting.header.version, greeting.header.aux)
     assert seen == (worker, shard, fingerprint)
-    welcome = frame_of(check_hello(token, nonces[0], greeting))
-    check_welcome(token, challenged, nonces[1], welcome)
+    answer = welcomed(token, nonces[0], greeting)
+    check_welcome(token, challenged, nonces[1], answer)
+    assert (answer.header.step, answer.header.version) == (5, 7)
 
 
 def test_no_frame_holds_the_token() -> None:
-    welcome = check_hello(TOKEN, SHARDS, said())
-    for data in (challenge(SHARDS), said().meta, welcome):
+    for data in (challenge(SHARDS), said().meta, welcome(TOKEN, SHARDS, said(), 5, 7)):
         assert TOKEN not in bytes(data)
 
 
@@ -104,19 +110,27 @@ def test_a_hello_has_one_size(size: int) -> None:
 def test_a_worker_refuses_a_shard_that_does_not_know_the_token() -> None:
     challenged = frame_of(challenge(SHARDS))
     greeting = frame_of(hello(OTHER, challenged, WORKERS, 1, 2, 3))
-    forged = frame_of(check_hello(OTHER, SHARDS, greeting))
+    forged = welcomed(OTHER, SHARDS, greeting)
     with pytest.raises(ProtocolError, match="no shard of this job"):
         check_welcome(TOKEN, challenged, WORKERS, forged)
 
 
 def test_a_worker_refuses_a_welcome_to_somebody_else() -> None:
     challenged = frame_of(challenge(SHARDS))
-    welcome = frame_of(check_hello(TOKEN, SHARDS, said()))
-    check_welcome(TOKEN, challenged, WORKERS, welcome)
+    answer = welcomed(TOKEN, SHARDS, said())
+    check_welcome(TOKEN, challenged, WORKERS, answer)
     with pytest.raises(ProtocolError, match="no shard of this job"):
-        check_welcome(TOKEN, challenged, new_nonce(), welcome)
+        check_welcome(TOKEN, challenged, new_nonce(), answer)
     with pytest.raises(ProtocolError, match="no shard of this job"):
-        check_welcome(TOKEN, frame_of(challenge(new_nonce())), WORKERS, welcome)
+        check_welcome(TOKEN, frame_of(challenge(new_nonce())), WORKERS, answer)
+
+
+@pytest.mark.parametrize("field", ["step", "version"])
+def test_what_a_shard_expects_cannot_be_changed_on_the_way(field: str) -> None:
+    answer = welcomed(TOKEN, SHARDS, said())
+    changed = Frame(answer.header._replace(**{field: 6}), answer.meta, ())
+    with pytest.raises(ProtocolError, match="no shard of this job"):
+        check_welcome(TOKEN, frame_of(challenge(SHARDS)), WORKERS, changed)
 
 
 def test_a_signature_of_one_side_is_none_of_the_other() -> None:
@@ -149,8 +163,7 @@ def test_signatures_are_compared_in_constant_time(monkeypatch: pytest.MonkeyPatc
         digest = staticmethod(hmac.digest)
 
     monkeypatch.setattr(handshake, "hmac", Watched)
-    welcome = frame_of(check_hello(TOKEN, SHARDS, said()))
-    check_welcome(TOKEN, frame_of(challenge(SHARDS)), WORKERS, welcome)
+    check_welcome(TOKEN, frame_of(challenge(SHARDS)), WORKERS, welcomed(TOKEN, SHARDS, said()))
     assert compared == [32, 32]
 
 

@@ -195,3 +195,38 @@ def test_waiting_is_measured(depth: int) -> None:
     assert list(items) == ["a", "b"]
     assert items.waited_s == 3  # two items and the end, a tick each
     items.close()
+
+
+@pytest.mark.parametrize("depth", [0, 1, 3])
+def test_a_consumer_can_be_told_to_stop(depth: int) -> None:
+    """Whether it waits or not, and whatever lies ready."""
+    source = Source()
+    source.allow(depth + 1)
+    items = Prefetched(iter(source), depth, name=NAME)
+    assert next(items) == 0
+    items.fail(ValueError("stop"))
+    for _ in range(2):
+        with pytest.raises(ValueError, match="stop"):
+            next(items)
+    source.allow(1)
+    items.close()
+
+
+def test_a_consumer_that_waits_for_a_stuck_source_is_told_to_stop() -> None:
+    source, errors = Source(), list[str]()
+    items = Prefetched(iter(source), 1, name=NAME)
+
+    def consume() -> None:
+        try:
+            next(items)
+        except ValueError as e:
+            errors.append(str(e))
+
+    consumer = threading.Thread(target=consume)
+    consumer.start()
+    source.wait_for(source.asked)
+    items.fail(ValueError("stop"))
+    consumer.join(PATIENCE_S)
+    assert errors == ["stop"]
+    source.allow(1)
+    items.close()

@@ -17,6 +17,7 @@ from ps.errors import JobError
 from ps.messages import ShardStats
 from workers.progress import MetricsFile, PlainLines
 from workers.prometheus import Prometheus
+from workers.recovery_config import RecoveryConfig
 from workers.report import CAUSES, Progress, ShardTraffic, StepRecord, StepReport
 
 PLAN: Any = SimpleNamespace(
@@ -24,6 +25,7 @@ PLAN: Any = SimpleNamespace(
         name="demo",
         cluster=SimpleNamespace(shards=2, workers=2),
         train=SimpleNamespace(batch_size=20),
+        recovery=RecoveryConfig(),
     ),
     train_rows=80,
     total_steps=4,

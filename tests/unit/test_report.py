@@ -149,3 +149,19 @@ def test_progress_without_counted_traffic_has_none() -> None:
     assert progress.shard_bytes_per_s == progress.shard_wait == ()
     assert progress.unique_ratio == progress.dense == 0.0
     assert progress.step_p99_s == pytest.approx(0.0)
+
+
+def test_progress_takes_no_steps_and_shards_that_count_anew() -> None:
+    """Of a run that goes on after its last step, and after a shard was replaced."""
+    plan: Any = SimpleNamespace(
+        first_step=3, steps_per_epoch=4, job=SimpleNamespace(train=SimpleNamespace(batch_size=20))
+    )
+    before, after = [stats(0, 50, 60, (4, 1))], [stats(0, 5, 6, (1, 1))]
+    progress = Progress.of(plan, 0, [StepReport(), StepReport()], 2.0, before, after)
+    assert (progress.step, progress.epoch, progress.examples) == (3, 1, 0)
+    assert (progress.loss, progress.rows_per_step, progress.sent_bytes_per_step) == (0.0, 0.0, 0.0)
+    assert progress.shard_rows_per_s == (0.0,)
+    assert progress.push_staleness_counts == (0, 0)
+    one = StepReport.of([StepRecord(9, 20, 0.5, 0, 7, 0, seconds(dense=1.0))])
+    uneven = Progress.of(plan, 6, [StepReport(), one], 2.0, before, after)
+    assert (uneven.loss, uneven.rows_per_step, uneven.epoch) == (0.5, 7.0, 2)

@@ -207,11 +207,11 @@ def test_pulls_of_any_step_leave_nothing_behind() -> None:
     shard = async_shard(num_workers=1, max_staleness=10**9)
     for step in range(5000):
         shard.pull(latest(0, 1000 + step), lambda _: None)
-    assert len(shard._updates_at_pull) <= MAX_STEPS_AHEAD
+    assert len(shard._counts.pulls) <= MAX_STEPS_AHEAD
     for step in range(70):
         shard.pull(latest(0, step), lambda _: None)
         shard.push(push_of(0, step))
-    assert len(shard._updates_at_pull) <= MAX_STEPS_AHEAD
+    assert len(shard._counts.pulls) <= MAX_STEPS_AHEAD
     assert sum(shard.stats().staleness) == 70
 
 

@@ -2,15 +2,14 @@
 
 from __future__ import annotations
 
-import fcntl
 import os
 import socket
 import struct
 import threading
 import time
-from array import array
 from collections.abc import Iterator
 from contextlib import contextmanager
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -28,11 +27,12 @@ from tests.support.wire import (
     Training,
     connected,
     contents_of,
+    local_client,
     shards_in_threads,
     train_locally,
     wait_until,
 )
-from tests.support.wire_peers import META, RawPeer, authed, pull
+from tests.support.wire_peers import META, RawPeer, authed, pull, segment, send_fds
 
 JOB = Job(dims=(4,), num_workers=2)
 ALONE = Job(dims=(4,))
@@ -46,18 +46,6 @@ def patient() -> Iterator[Endpoint]:
 
 
 # --- segments
-
-
-def segment(size: int = 1 << 16) -> int:
-    fd = os.memfd_create("test", os.MFD_ALLOW_SEALING | os.MFD_CLOEXEC)
-    os.posix_fallocate(fd, 0, size)
-    fcntl.fcntl(fd, fcntl.F_ADD_SEALS, fcntl.F_SEAL_SHRINK | fcntl.F_SEAL_GROW | fcntl.F_SEAL_SEAL)
-    return fd
-
-
-def send_fds(peer: RawPeer, fds: list[int], data: bytes) -> None:
-    ancillary = [(socket.SOL_SOCKET, socket.SCM_RIGHTS, array("i", fds))]
-    peer.sock.sendmsg([data], ancillary)
 
 
 def test_only_one_sealed_segment_at_a_time_is_taken(patient: Endpoint) -> None:
@@ -146,7 +134,8 @@ def test_answers_that_do_not_fit_16_bits_are_an_error_of_who_asked() -> None:
             clients[0].flush(10)
 
         def grow() -> None:
-            loop.state._tables[0].rows[...] = 1e6
+            for _, rows, _ in loop.state.slabs("t0"):
+                rows[...] = 1e6
 
         pending += [client.pull(3, 3, names) for client in clients]
         loop.call(grow).result(5)
@@ -168,11 +157,11 @@ def closing_all() -> Iterator[Any]:
 @pytest.mark.parametrize("dtype", ["float32", "bfloat16"])
 def test_a_wrong_pull_that_waits_harms_its_sender_only(dtype: Any) -> None:
     """Room for too few dense values, in shared memory, for a version that another worker makes."""
-    job = Job(dims=(4,), num_workers=1, dtype=dtype)
+    job = Job(dims=(4,), num_workers=2, dtype=dtype)
     with (
         shards_in_threads(job) as (loop,),
         connected(job, [loop.endpoint], "arena") as (client, _),
-        authed(loop.endpoint, "unix") as peer,
+        authed(loop.endpoint, "unix", worker=1) as peer,
     ):
         fd = segment()
         send_fds(peer, [fd], bytes(encode(Header(Kind.ARENA, aux=1 << 16))))
@@ -180,11 +169,16 @@ def test_a_wrong_pull_that_waits_harms_its_sender_only(dtype: Any) -> None:
         numbers = np.full(META, NO_PLACE, dtype="<i8")
         numbers[[0, 2, 5]] = 0, 0, 0
         numbers[-4:] = 0, 3, 0, 1
-        peer.send(Header(Kind.PULL, request=1, step=1, version=1), numbers.tobytes())
-        peer.send(Header(Kind.FLUSH, request=2))
+        peer.send(Header(Kind.PULL, worker=1, request=1, step=1, version=1), numbers.tobytes())
+        peer.send(Header(Kind.FLUSH, worker=1, request=2))
         frames = [peer.read()]
         training = Training(job, client, 0)
-        training.run(3)
+        # The other worker's steps: its one connection is the peer's.
+        other = Training(job, local_client(replace(job, dtype="float32"), [loop.state], 1), 1)
+        for _ in range(3):
+            loop.call(other.take_step).result(5)
+            training.take_step()
+            client.flush(5)
         frames.append(peer.read())
         assert all(frames)
         wrong = [f.meta.decode() for f in frames if f and f.header.kind == Kind.ERROR]

@@ -7,7 +7,7 @@ import signal
 import threading
 import time
 from collections.abc import Callable
-from contextlib import ExitStack
+from contextlib import ExitStack, closing
 from dataclasses import replace
 from typing import Any
 
@@ -18,7 +18,6 @@ from ps.errors import JobError, MantaError, ProtocolError, ShardLostError, Shard
 from ps.optimizers import SGD
 from ps.shard import ShardState
 from ps.wire.server import Endpoint, ShardLoop
-from ps.wire.transport import MAX_PUSHES_IN_FLIGHT
 from tests.support.wire import (
     TIMEOUT_S,
     Job,
@@ -35,6 +34,7 @@ from tests.support.wire_processes import arena_mappings, in_process, open_files,
 
 KINDS = pytest.mark.parametrize("kind", ["arena", "tcp", "background"])
 JOB = Job(dims=(4,), num_shards=2, num_workers=2)
+MAX_PUSHES_IN_FLIGHT = 4
 DENSE = np.zeros(JOB.dense_size, np.float32)
 
 
@@ -185,12 +185,13 @@ def _far(job: Job) -> Any:
 def test_a_shard_without_state_says_so(kind: str) -> None:
     job = replace(JOB, num_shards=1, num_workers=1)
     loop = ShardLoop(ShardState(job.shard(0).spec), server_options(job))
-    with (
-        connected(job, [loop.endpoint], **options(kind)) as (client, _),
-        pytest.raises(ShardNotReadyError, match="shard 0 has no state yet"),
-    ):
-        client.pull(0, 0, job.names(0)).result(5)
-    loop.close()
+    with closing(loop):
+        with pytest.raises(ShardNotReadyError, match="shard 0 has no state yet"):
+            connected(job, [loop.endpoint], **options(kind)).__enter__()
+        ready = job.shard(0).dense()
+        loop.call(lambda: loop.state.set_dense(ready[0], ready[2])).result(5)
+        with connected(job, [loop.endpoint], **options(kind)) as (client, _):
+            assert client.pull(0, 0, job.names(0)).result(5).version == 0
 
 
 @KINDS
@@ -198,14 +199,17 @@ def test_an_error_in_an_optimizer_is_told_to_the_worker(kind: str) -> None:
     def broken(step: int) -> float:
         raise ZeroDivisionError("the rate has no value")
 
+    def push_and_flush(client: Any) -> None:
+        push_of(client, job, 0)  # a thread may hear of it at once
+        client.flush(5)
+
     job = Job(optimizers=(SGD(broken),), dims=(4,))
     with (
         shards_in_threads(job) as loops,
         connected(job, endpoints_of(loops), **options(kind)) as (client, _),
+        pytest.raises(JobError, match="ZeroDivisionError: the rate has no value"),
     ):
-        push_of(client, job, 0)
-        with pytest.raises(JobError, match="ZeroDivisionError: the rate has no value"):
-            client.flush(5)
+        push_and_flush(client)
 
 
 # --- what is left

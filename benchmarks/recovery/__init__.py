@@ -1,0 +1,1 @@
+"""What durability costs, and how long recovery takes: `python -m benchmarks.recovery`."""
