@@ -5,7 +5,9 @@ piece was copied, it is saved aside. So the memory that a cut takes is what trai
 it is read, and never more than the tables. A step of an optimizer that changes rows nobody touched
 (non-lazy Adam) saves all that is left of its table at once.
 
-Knows no files and no threads: the thread that owns the shard calls everything here.
+Most of the copying may be another thread's: it copies rows as they are, changing or not, and the
+thread that owns the shard then puts in those that were saved since the cut. Whatever was read half
+changed is among them. All but `copy_piece` is for the owner's thread; there are no locks.
 """
 
 from __future__ import annotations
@@ -16,7 +18,7 @@ from dataclasses import dataclass
 import numpy as np
 
 from ps.errors import ProtocolError
-from ps.kernels.records import U32, save_records, split_records
+from ps.kernels.records import U32, patch_saved, save_records, split_records
 from ps.memory import empty, zeros
 from ps.ragged import F32, I64
 from ps.rowstore import FlatStore, RowStore
@@ -32,6 +34,8 @@ class Piece:
     """float32 [n, D]."""
     slots: dict[str, F32]
     """float32 [n, D] each, C-contiguous as the rows are."""
+    arrays: F32
+    """float32 [1 + slots, n, D]: what both are views of."""
 
 
 class Cut:
@@ -90,15 +94,40 @@ class Cut:
         Raises:
             ProtocolError: the cut was closed, which is not its end.
         """
+        piece = self.copy_piece(max_bytes)
+        if piece is not None:
+            self.seal(piece)
+        return piece
+
+    def copy_piece(self, max_bytes: int = 2 << 20) -> Piece | None:
+        """`next_piece` but for what `seal` does, in any one thread, while the owner's goes on.
+
+        Raises:
+            ProtocolError: see `next_piece`.
+        """
+        self._check_open()
+        place = self._table
+        while place < len(self._tables) and self._tables[place].is_over:
+            place += 1
+        if place == len(self._tables):
+            self._table = place
+            return None
+        arrays, names = self._tables[place].copied_rows(max_bytes)
+        return Piece(place, arrays[0], dict(zip(names, arrays[1:], strict=True)), arrays)
+
+    def seal(self, piece: Piece) -> None:
+        """Make the piece from `copy_piece` what the rows were at the cut; the next one may follow.
+
+        Raises:
+            ProtocolError: see `next_piece`.
+        """
+        self._check_open()
+        self._table = piece.table
+        self._tables[piece.table].pass_rows(piece.arrays)
+
+    def _check_open(self) -> None:
         if self._closed:
             raise ProtocolError(f"the cut of version {self.version} was given up")
-        while self._table < len(self._tables):
-            table = self._tables[self._table]
-            if not table.is_over:
-                rows, slots = table.next_rows(max_bytes)
-                return Piece(self._table, rows, slots)
-            self._table += 1
-        return None
 
     def close(self) -> None:
         """Save no more rows and free the saved ones. Closing twice, or at the end, is fine."""
@@ -143,13 +172,17 @@ class _TableCut:
             records, index, self._passed, self._places, self._count, self._saved
         )
 
-    def next_rows(self, max_bytes: int) -> tuple[F32, dict[str, F32]]:
+    def copied_rows(self, max_bytes: int) -> tuple[F32, tuple[str, ...]]:
         records, names = self._store.records, self._store.optimizer.slot_names
         num_rows, dim = self._store.rows.shape
         count = max(1, min(num_rows - self._passed, max_bytes // (4 * records.shape[1])))
         out: F32 = empty((1 + len(names), count, dim))
-        split_records(records, self._passed, self._places, self._saved, out)
-        self._passed += count
+        split_records(records, self._passed, out)
+        return out, tuple(names)
+
+    def pass_rows(self, arrays_AND: F32) -> None:
+        if self._places.size:
+            patch_saved(self._places, self._saved, self._passed, arrays_AND)
+        self._passed += arrays_AND.shape[1]
         if self.is_over:
             self.free()
-        return out[0], dict(zip(names, out[1:], strict=True))

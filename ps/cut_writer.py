@@ -1,8 +1,7 @@
 """A shard's side of a snapshot: the pieces of a cut become files while the shard goes on.
 
-The caller's thread asks the thread that owns the state for one piece after the other and writes
-each while the next is copied; so a shard is kept from its workers for a copy of 1 MiB at a time,
-and at most two pieces are in memory.
+The caller's thread copies and writes one piece after the other. The thread that owns the state has
+little to do with it: it puts into each piece the rows that were saved since the cut.
 """
 
 from __future__ import annotations
@@ -21,7 +20,7 @@ from ps.spec import EmbeddingSpec
 from ps.storage import Storage
 from ps.table_parts import PartTarget, PartWriter, SealedPart
 
-PIECE_BYTES = 1 << 20
+PIECE_BYTES = 2 << 20
 _NICENESS = 15
 
 Call = Callable[[Callable[[], Any]], Future[Any]]
@@ -56,20 +55,26 @@ def write_cut(
     _yield_to_others()
     try:
         with ExitStack() as open_parts:
-            coming: Future[Piece | None] = call(lambda: cut.next_piece(PIECE_BYTES))
-            piece = coming.result()
+            piece = _next_piece(cut, call)
             for number, table in enumerate(spec.tables):
                 part = PartWriter(target, table, storage)
                 open_parts.callback(part.abandon)
                 while piece is not None and piece.table == number:
-                    coming = call(lambda: cut.next_piece(PIECE_BYTES))
                     part.append(piece.rows, piece.slots)
-                    piece = coming.result()
+                    piece = _next_piece(cut, call)
                 parts.append(part.close())
             assert piece is None, "pieces come in the order of the tables"
     finally:
         call(cut.close).result()
     return WrittenCut(cut.version, cut.fences, tuple(parts), cut.dense, cut.dense_slots, cut.state)
+
+
+def _next_piece(cut: Cut, call: Call) -> Piece | None:
+    piece = cut.copy_piece(PIECE_BYTES)
+    if piece is not None:
+        sealed = piece
+        call(lambda: cut.seal(sealed)).result()
+    return piece
 
 
 def _yield_to_others() -> None:

@@ -23,7 +23,7 @@ from workers.recovery_config import Durability, RecoveryConfig
 from workers.report import Progress
 from workers.snapshots import SnapshotReport
 
-REPORT_EVERY = 4
+REPORT_EVERY = 20
 
 
 def durable_job(

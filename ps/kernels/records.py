@@ -75,47 +75,50 @@ def save_records(
 
 
 @kernel(writes=("out_AND",))
-def split_records(records_VW: F32, first: int, places_V: U32, saved_VW: F32, out_AND: F32) -> None:
-    """out[a, i] = array a (the row, then its slots) of record first + i, as saved if it is.
-
-    `places_V` and `saved_VW` are those of `save_records`; places of size 0: none is saved.
-    """
+def split_records(records_VW: F32, first: int, out_AND: F32) -> None:
+    """out[a, i] = array a (the row, then its slots) of record first + i."""
     if out_AND.shape[2] < _LANES:
-        _split_short(records_VW, np.uint64(first), places_V, saved_VW, out_AND)
+        _split_short(records_VW, np.uint64(first), out_AND)
         return
     num_arrays, num_rows, row_bytes = out_AND.shape[0], out_AND.shape[1], 4 * out_AND.shape[2]
     size, array_bytes = 4 * records_VW.shape[1], num_rows * row_bytes
-    records, saved = np.int64(records_VW.ctypes.data), np.int64(saved_VW.ctypes.data)
+    source = np.int64(records_VW.ctypes.data) + first * size
     out = np.int64(out_AND.ctypes.data)
-    some_saved = places_V.size > 0
-    for i in range(np.uint64(num_rows)):
-        row = np.uint64(first) + i
-        source = records + np.int64(row) * size
-        if some_saved and places_V[row] != _NEVER:
-            source = saved + (np.int64(places_V[row]) - 1) * size
-        target = out + np.int64(i) * row_bytes
+    for _ in range(num_rows):
+        part, target = source, out
         for _ in range(num_arrays):
-            _copy(source, target, row_bytes)
-            source += row_bytes
+            _copy(part, target, row_bytes)
+            part += row_bytes
             target += array_bytes
+        source += size
+        out += row_bytes
+
+
+@kernel(writes=("out_AND",))
+def patch_saved(places_V: U32, saved_VW: F32, first: int, out_AND: F32) -> None:
+    """out[a, i] = array a of record first + i as `save_records` saved it, where it did."""
+    num_arrays, num_rows, row_bytes = out_AND.shape[0], out_AND.shape[1], 4 * out_AND.shape[2]
+    size, array_bytes = 4 * saved_VW.shape[1], num_rows * row_bytes
+    saved, out = np.int64(saved_VW.ctypes.data), np.int64(out_AND.ctypes.data)
+    for i in range(np.uint64(num_rows)):
+        place = places_V[np.uint64(first) + i]
+        if place != _NEVER:
+            part = saved + (np.int64(place) - 1) * size
+            target = out + np.int64(i) * row_bytes
+            for _ in range(num_arrays):
+                _copy(part, target, row_bytes)
+                part += row_bytes
+                target += array_bytes
 
 
 @inline
-def _split_short(
-    records_VW: F32, first: np.uint64, places_V: U32, saved_VW: F32, out_AND: F32
-) -> None:
+def _split_short(records_VW: F32, first: np.uint64, out_AND: F32) -> None:
     """`split_records` for rows of a few numbers, where a copy by address takes longer to start."""
     dim, column = np.uint64(out_AND.shape[2]), np.uint64(0)
-    some_saved = places_V.size > 0
     for a in range(np.uint64(out_AND.shape[0])):
         for i in range(np.uint64(out_AND.shape[1])):
-            place = np.uint64(places_V[first + i]) if some_saved else np.uint64(0)
-            if place:
-                for d in range(dim):
-                    out_AND[a, i, d] = saved_VW[place - _ONE, column + d]
-            else:
-                for d in range(dim):
-                    out_AND[a, i, d] = records_VW[first + i, column + d]
+            for d in range(dim):
+                out_AND[a, i, d] = records_VW[first + i, column + d]
         column += dim
 
 

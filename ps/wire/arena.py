@@ -141,33 +141,44 @@ class Arena:
         self._fds: list[int] = []
         self._used_of_last = 0
         self._free: defaultdict[int, list[tuple[int, int]]] = defaultdict(list)
+        self._closed = False
         self.size_bytes = 0
 
     def block(self, size: int) -> Block:
         """A block of at least `size` bytes, of any content.
 
         Raises:
-            JobError: the arena would grow beyond its limit, or the machine has no memory left.
+            JobError: the arena would grow beyond its limit, or the machine has no memory left, or
+                it is closed.
         """
         size = max(MIN_BLOCK_BYTES, 1 << (size - 1).bit_length())
         free = self._free[size]
         segment, offset = free.pop() if free else self._carved(size)
+        try:
+            pages = self._segments[segment].pages
+        except IndexError:
+            self._check_open()  # another thread may have closed it just now
+            raise
         # NumPy follows the bases of views down to this very array, so that it lives as long as any
         # array on the block.
-        memory: _Lease = np.ndarray.__new__(
-            _Lease, (size,), np.uint8, self._segments[segment].pages, offset
-        )
+        memory: _Lease = np.ndarray.__new__(_Lease, (size,), np.uint8, pages, offset)
         memory.give_back = partial(free.append, (segment, offset))
         return Block(memory, place(segment, offset))
 
     def _carved(self, size: int) -> tuple[int, int]:
-        if not self._segments or self._used_of_last + size > self._segments[-1].size:
+        segments = self._segments
+        if not segments or self._used_of_last + size > segments[-1].size:
             self._grow(max(size, MIN_SEGMENT_BYTES, 1 << (self.size_bytes // 2).bit_length()))
         offset = self._used_of_last
         self._used_of_last += size
         return len(self._segments) - 1, offset
 
+    def _check_open(self) -> None:
+        if self._closed:
+            raise JobError("the arena is closed, and so is its transport")
+
     def _grow(self, size: int) -> None:
+        self._check_open()
         self._leave_no_rest()
         if self.size_bytes + size > self._max_bytes or len(self._segments) == MAX_SEGMENTS:
             raise JobError(
@@ -206,11 +217,11 @@ class Arena:
 
     def close(self) -> None:
         """Close the files; the memory goes with the last array on it."""
+        self._closed = True
         for fd in self._fds:
             os.close(fd)
-        self._fds.clear()
-        self._segments.clear()
-        self._free.clear()
+        # New ones: another thread may have these in hand.
+        self._fds, self._segments, self._free = [], [], defaultdict(list)
 
 
 class PrivateMemory:

@@ -12,7 +12,7 @@ import time
 from collections.abc import Sequence
 from copy import copy
 
-from ps.errors import MantaError, ReplayGapError, ShardLostError, ShardNotReadyError
+from ps.errors import MantaError, ShardLostError, ShardNotReadyError
 from ps.step_message import StepMessage
 from ps.wire.connection import ArenaConnection
 from ps.wire.control import Control
@@ -28,6 +28,8 @@ _FIRST_PAUSE_S = 0.02
 _MAX_PAUSE_S = 0.5
 _STABLE_S = 1.0
 """A connection that held for so long, or over which something came, was a good one."""
+_BAD_AT_ONCE = 8
+"""Bad connections, one after the other, before the next one is made with a pause."""
 
 
 class Link:
@@ -53,6 +55,8 @@ class Link:
         self._endpoint = endpoint
         self._failure: MantaError | None = None
         self._broken_since: float | None = None
+        self._bad = 0
+        """Connections since then that broke before anything came over them."""
         self._connected_at = 0.0
         self.connection = self._dialed(endpoint)
 
@@ -163,38 +167,38 @@ class Link:
         started = time.monotonic()
         held_s = started - self._connected_at
         if self._broken_since is None or self.connection.has_answered or held_s > _STABLE_S:
-            self._broken_since = started
+            self._broken_since, self._bad = started, 0
+        self._bad += 1
+        pause_s = _FIRST_PAUSE_S if self._bad > _BAD_AT_ONCE else 0.0
         try:
-            self._keep_trying(self._broken_since + self._reconnect_s)
+            self._keep_trying(self._broken_since + self._reconnect_s, pause_s)
         except MantaError as e:
             self._failure = copy(e)
             raise
         finally:
             self._control.repair_s += time.monotonic() - started
 
-    def _keep_trying(self, deadline: float) -> None:
-        lost, pause_s = self._endpoint, _FIRST_PAUSE_S
+    def _keep_trying(self, deadline: float, pause_s: float) -> None:
+        control, changes = self._control, self._control.changes
+        reason = "each new connection ends at once"
         while True:
-            changes = self._control.changes
-            endpoint = self._control.endpoint(self.shard)
+            if pause_s > 0:
+                if time.monotonic() >= deadline:
+                    raise ShardLostError(
+                        f"shard {self.shard}: no new connection within {self._reconnect_s:g} s: "
+                        f"{reason}"
+                    )
+                if control.wait(pause_s, changes):
+                    pause_s = 0.0
+            control.check()
+            changes = control.changes
+            pause_s = min(max(2 * pause_s, _FIRST_PAUSE_S), _MAX_PAUSE_S)
             try:
-                self._connect_again(endpoint)
+                self._connect_again(control.endpoint(self.shard))
                 return
             except (ShardLostError, ShardNotReadyError) as e:
+                control.check()
                 reason = str(e)
-            except MantaError as e:
-                # Who has the port of a dead shard by now may say anything.
-                if endpoint != lost or isinstance(e, ReplayGapError):
-                    raise
-                reason = str(e)
-            self._control.check()
-            if time.monotonic() >= deadline:
-                raise ShardLostError(
-                    f"shard {self.shard}: no new connection within {self._reconnect_s:g} s; "
-                    f"the last attempt: {reason}"
-                )
-            news = self._control.wait(pause_s, changes)
-            pause_s = _FIRST_PAUSE_S if news else min(2 * pause_s, _MAX_PAUSE_S)
 
     def _connect_again(self, endpoint: Endpoint) -> None:
         former = self.connection
@@ -203,10 +207,17 @@ class Link:
             and former.unix_name != endpoint.unix_name
             and still_listens(former.unix_name)
         ):
-            raise ShardLostError(
-                f"shard {self.shard}: its former process still lives, and shares our memory"
-            )
-        self.connection = self._dialed(endpoint)
+            raise ShardLostError("its former process still lives, and shares our memory")
+        try:
+            self.connection = self._dialed(endpoint)
+        except (ShardLostError, ShardNotReadyError):
+            raise
+        except MantaError as e:
+            self._control.check()
+            if endpoint != self._endpoint:
+                raise
+            # Who has the port of a dead shard by now may say anything.
+            raise ShardLostError(f"not this shard any more: {e}") from None
         self._endpoint = endpoint
         try:
             for sent in self.outbox.to_replay():

@@ -124,7 +124,7 @@ class Peer:
         """Why the peer is to be cut off, None if it is not."""
         if self._waiting_since is None or now - self._waiting_since < self._options.deadline_s:
             return None
-        owed = "its answers are not read" if self._outgoing else "no whole frame came"
+        owed = "its answers are not read" if self._outgoing.pieces else "no whole frame came"
         if self.worker is None:
             owed = "it has not said who it is"
         return f"{owed} within {self._options.deadline_s:g} s"
@@ -162,7 +162,7 @@ class Peer:
                 return _NOT_YET
             if count == 0:
                 return None
-            if self.worker is not None and not self._outgoing:
+            if self.worker is not None and not self._outgoing.pieces:
                 self._waiting_since = None  # it goes on
             frame = self._reader.received(count)
             if frame is not None:
@@ -305,7 +305,7 @@ class Peer:
     def _send(self, pieces: Sequence[Buffer]) -> None:
         if self._closed or (self._shared and self._sent_at_once(pieces)):
             return
-        idle = not self._outgoing
+        idle = not self._outgoing.pieces
         self._queued += 1
         self._outgoing.add(pieces)
         if idle:
@@ -314,7 +314,7 @@ class Peer:
 
     def _sent_at_once(self, pieces: Sequence[Buffer]) -> bool:
         """Send a packet that nothing waits before; nearly all go this way."""
-        if self._outgoing:
+        if self._outgoing.pieces:
             return False
         try:
             self._sock.send(pieces[0])
@@ -331,7 +331,7 @@ class Peer:
                 self._waiting_since = time.monotonic()
         except OSError:  # gone: reading will say so
             self._outgoing.clear()
-        if not self._outgoing:
+        if not self._outgoing.pieces:
             self._queued = 0
         self._watch_what_matters()
         self._note_debt()
@@ -339,14 +339,14 @@ class Peer:
     def _watch_what_matters(self) -> None:
         """A peer that leaves several answers unread is not read from either."""
         events = select.EPOLLIN if self._queued < MAX_QUEUED else 0
-        events |= select.EPOLLOUT if self._outgoing else 0
+        events |= select.EPOLLOUT if self._outgoing.pieces else 0
         if events != self._events and not self._closed:
             self._events = events
             self._watch(self, events)
 
     def _note_debt(self) -> None:
         """A peer owes us its HELLO, the rest of a frame, or to take what is sent to it."""
-        owes = self.worker is None or bool(self._outgoing) or not self._reader.idle
+        owes = self.worker is None or bool(self._outgoing.pieces) or not self._reader.idle
         if not owes:
             self._waiting_since = None
         elif self._waiting_since is None:

@@ -5,6 +5,7 @@ from __future__ import annotations
 import socket
 from collections import deque
 from collections.abc import Sequence
+from itertools import islice
 
 from ps.wire.frames import Buffer
 
@@ -19,15 +20,12 @@ class SendQueue:
         self._sock = sock
         packets = sock.family == socket.AF_UNIX
         self._at_once = 1 if packets else _MAX_PIECES  # a packet holds one frame
-        self._pieces: deque[memoryview] = deque()
-
-    def __bool__(self) -> bool:
-        """Whether something waits."""
-        return bool(self._pieces)
+        self.pieces: deque[memoryview] = deque()
+        """What waits."""
 
     def add(self, pieces: Sequence[Buffer]) -> None:
         """Put a frame at the end."""
-        self._pieces.extend(map(memoryview, pieces))
+        self.pieces.extend(map(memoryview, pieces))
 
     def flush(self) -> int:
         """Send what the socket takes; returns the number of bytes.
@@ -35,11 +33,12 @@ class SendQueue:
         Raises:
             OSError: the connection is broken.
         """
-        total = 0
-        while self._pieces:
-            count = min(len(self._pieces), self._at_once)
+        total, pieces = 0, self.pieces
+        while pieces:
+            count = len(pieces)
+            few = pieces if count <= self._at_once else islice(pieces, self._at_once)
             try:
-                sent = self._sock.sendmsg([self._pieces[i] for i in range(count)])
+                sent = self._sock.sendmsg(list(few))
             except BlockingIOError:
                 break
             total += sent
@@ -48,10 +47,10 @@ class SendQueue:
 
     def clear(self) -> None:
         """Forget what waits."""
-        self._pieces.clear()
+        self.pieces.clear()
 
     def _drop(self, sent: int) -> None:
-        pieces = self._pieces
+        pieces = self.pieces
         while pieces and sent >= len(pieces[0]):
             sent -= len(pieces.popleft())
         if sent:

@@ -115,7 +115,7 @@ class TcpLoop:
     def send(self, connection: TcpConnection, pieces: Sequence[Buffer]) -> None:
         """See `TcpConnection.send`."""
         with self._changed:
-            idle = not connection.outgoing
+            idle = not connection.outgoing.pieces
             connection.outgoing.add(pieces)
             if idle:
                 self._step(connection, connection.outgoing.flush)
@@ -130,7 +130,7 @@ class TcpLoop:
         deadline = time.monotonic() + timeout_s
         with self._changed:
             while not self._background:
-                waiting = [c for c in self._connections.values() if c.outgoing]
+                waiting = [c for c in self._connections.values() if c.outgoing.pieces]
                 if not waiting:
                     return
                 if time.monotonic() >= deadline:
@@ -209,7 +209,7 @@ class TcpLoop:
             self._take_what_came(connection)
             self.give_up(connection, connection.lost(e.strerror))
         else:
-            events = select.EPOLLIN | (select.EPOLLOUT if connection.outgoing else 0)
+            events = select.EPOLLIN | (select.EPOLLOUT if connection.outgoing.pieces else 0)
             if events != self._events[fd]:
                 self._events[fd] = events
                 self._poll.modify(fd, events)

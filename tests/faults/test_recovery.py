@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import shutil
 import signal
 import time
 from dataclasses import replace
@@ -108,20 +109,33 @@ def leave() -> None:
     raise LeaveError
 
 
+@pytest.fixture(scope="module")
+def interrupted(data: Path, tmp_path_factory: pytest.TempPathFactory, ray_session: None) -> Path:
+    """What a run on three shards left behind that ended after 45 steps or some more."""
+    folder = tmp_path_factory.mktemp("interrupted")
+    with pytest.raises(LeaveError):
+        train(job(data, folder, shards=3), [AtStep(45, leave)])
+    assert complete_snapshots(folder / "snapshots")[-1] == 40
+    return folder
+
+
+def left_by(interrupted: Path, folder: Path) -> Path:
+    """The same in a folder of one's own; its name is that of the job."""
+    return Path(shutil.copytree(interrupted, folder / interrupted.name))
+
+
 @pytest.mark.parametrize(("shards", "workers"), [(2, 1), (5, 2), (1, 2)])
 def test_a_run_that_ended_goes_on_with_other_numbers_of_shards_and_workers(
     data: Path,
+    interrupted: Path,
     tmp_path: Path,
     undisturbed: dict[str, bytes],
     shards: int,
     workers: int,
 ) -> None:
-    with pytest.raises(LeaveError):
-        train(job(data, tmp_path, shards=3), [AtStep(50, leave)])
-    kept = complete_snapshots(tmp_path / "snapshots")
-    assert kept[0] == 20
-    result = train(job(data, tmp_path, shards=shards, workers=workers), [])
-    assert result.resumed_step == kept[-1]
+    folder = left_by(interrupted, tmp_path)
+    result = train(job(data, folder, shards=shards, workers=workers), [])
+    assert result.resumed_step == 40
     assert final_bits(result) == undisturbed
 
 
@@ -157,14 +171,12 @@ def test_a_worker_that_dies_again_and_again_ends_the_job_with_the_cause(
     assert ray.util.list_named_actors(all_namespaces=True) == []
 
 
-def test_a_damaged_snapshot_is_named_and_the_one_before_it_too(data: Path, tmp_path: Path) -> None:
-    with pytest.raises(LeaveError):
-        train(job(data, tmp_path), [AtStep(45, leave)])
-    steps = complete_snapshots(tmp_path / "snapshots")
-    newest = tmp_path / "snapshots" / f"step-{steps[-1]:09d}"
+def test_a_damaged_snapshot_is_named(data: Path, interrupted: Path, tmp_path: Path) -> None:
+    folder = left_by(interrupted, tmp_path)
+    newest = folder / "snapshots" / "step-000000040"
     damaged = max(newest.glob("*.arrow"), key=lambda path: path.stat().st_size)
     content = bytearray(damaged.read_bytes())
     content[len(content) // 2] ^= 1
     damaged.write_bytes(bytes(content))
     with pytest.raises(SnapshotError, match=damaged.name):
-        train(job(data, tmp_path), [])
+        train(job(data, folder), [])

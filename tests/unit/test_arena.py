@@ -303,3 +303,14 @@ def test_private_memory_gives_arrays_at_cache_lines() -> None:
         array[...] = i
         assert address(array) % 64 == 0
     assert (arrays[0] == 0).all()
+
+
+def test_a_closed_arena_gives_nothing() -> None:
+    arena = Arena(1 << 30, lambda number, fd, size: None)
+    array, _ = arena.block(100).take((10,), np.float32)
+    array[...] = 1
+    arena.close()
+    for size in (100, 1 << 24):
+        with pytest.raises(JobError, match="the arena is closed"):
+            arena.block(size)
+    assert array.sum() == 10, "what there is stays"

@@ -2,6 +2,9 @@
 
 from __future__ import annotations
 
+import contextlib
+import queue
+import threading
 from typing import Any
 
 import numpy as np
@@ -66,7 +69,9 @@ def whole_tables(shard: ShardState) -> list[F32]:
 @given(
     seed=st.integers(0, 2**20),
     at=st.integers(0, 3),
-    turns=st.lists(st.sampled_from(["push", "push", 1, 200, 3000, 20000]), max_size=60),
+    turns=st.lists(
+        st.sampled_from(["push", "push", "copy", "copy", "seal", 1, 200, 3000, 20000]), max_size=60
+    ),
     history=st.sampled_from([0, 2]),
     mode=st.sampled_from(["sync", "async"]),
 )
@@ -96,14 +101,25 @@ def test_pieces_are_the_state_at_the_cut_whatever_happens_meanwhile(
     if mode == "async":
         shard.arm_cut(99, begin)
     assert len(cuts) == 1
+    copied: Piece | None = None  # pushes may come between a copy and its seal
     for turn in turns:
-        if turn != "push":
+        if turn == "copy":
+            copied = copied or cuts[0].copy_piece(500)
+        elif turn != "push" and copied is not None:
+            cuts[0].seal(copied)
+            pieces, copied = [*pieces, copied], None
+        elif turn == "seal":
+            pass
+        elif turn != "push":
             piece = cuts[0].next_piece(int(turn))
             pieces += [] if piece is None else [piece]
         else:
             worker = int(rng.integers(2))  # one may be some steps ahead
             push(worker if fences[worker] <= min(fences) + 3 else 1 - worker)
         assert cuts[0].saved_bytes <= shard.stats().size_bytes
+    if copied is not None:
+        cuts[0].seal(copied)
+        pieces.append(copied)
     pieces += rest(cuts[0])
     cut = cuts[0]
     assert cut.next_piece() is None
@@ -290,3 +306,35 @@ def test_rows_that_a_log_replays_are_saved_too() -> None:
         shard.apply_entry(entries[step])
     assert not same_bits(whole_tables(shard)[1], wanted[1])
     assert same_contents(put_together(cuts[0], rest(cuts[0]), shard), wanted)
+
+
+def test_another_thread_copies_while_pushes_change_what_it_copies() -> None:
+    shard = mixed_shard()
+    cuts = list[Cut]()
+    shard.arm_cut(0, cuts.append)
+    wanted = whole_tables(shard)
+    pieces, copied, sealed = list[Piece](), queue.Queue[Piece | None](), threading.Semaphore(0)
+
+    def copy() -> None:
+        while (piece := cuts[0].copy_piece(700)) is not None:
+            copied.put(piece)
+            sealed.acquire()
+        copied.put(None)
+
+    thread = threading.Thread(target=copy)
+    thread.start()
+    step, running = 0, True
+    while running:
+        for worker in range(2):
+            shard.push(random_push(shard.spec, worker, step, step))
+        step += 1
+        with contextlib.suppress(queue.Empty):
+            piece = copied.get_nowait()
+            running = piece is not None
+            if piece is not None:
+                cuts[0].seal(piece)
+                pieces.append(piece)
+                sealed.release()
+    thread.join()
+    assert same_contents(put_together(cuts[0], pieces, shard), wanted)
+    assert not same_contents(whole_tables(shard), wanted)

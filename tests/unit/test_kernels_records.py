@@ -7,7 +7,13 @@ from typing import Literal
 import numpy as np
 import pytest
 
-from ps.kernels.records import gather_records, save_records, scatter_records, split_records
+from ps.kernels.records import (
+    gather_records,
+    patch_saved,
+    save_records,
+    scatter_records,
+    split_records,
+)
 from ps.ragged import F32
 from tests.support.guarded import guarded
 from tests.support.reference import same_bits
@@ -58,7 +64,8 @@ def test_records_are_saved_once_and_taken_apart_as_they_were(
         assert count == len(touched)
         records[index] = rng.normal(size=(index.size, width))
         out = guarded(np.zeros((num_arrays, V - passed, width // num_arrays), np.float32), edge)
-        split_records(records, passed, places, saved, out)
+        split_records(records, passed, out)
+        patch_saved(places, saved, passed, out)
         assert same_bits(np.concatenate(list(out), axis=1), before[passed:])
     assert not places[:passed].any()
     assert sorted(places[passed:]) == list(range(1, V - passed + 1))
@@ -67,5 +74,5 @@ def test_records_are_saved_once_and_taken_apart_as_they_were(
 def test_without_saved_records_the_living_ones_are_taken_apart() -> None:
     records = records_of(6, "end")
     out = np.zeros((3, 10, 2), np.float32)
-    split_records(records, 30, np.zeros(0, np.uint32), np.zeros((0, 6), np.float32), out)
+    split_records(records, 30, out)
     assert same_bits(np.concatenate(list(out), axis=1), records[30:])
