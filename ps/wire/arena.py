@@ -175,7 +175,7 @@ class Arena:
 
     def _check_open(self) -> None:
         if self._closed:
-            raise JobError("the arena is closed, and so is its transport")
+            raise JobError("the arena of this transport is closed")
 
     def _grow(self, size: int) -> None:
         self._check_open()

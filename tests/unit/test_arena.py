@@ -311,6 +311,6 @@ def test_a_closed_arena_gives_nothing() -> None:
     array[...] = 1
     arena.close()
     for size in (100, 1 << 24):
-        with pytest.raises(JobError, match="the arena is closed"):
+        with pytest.raises(JobError, match="arena of this transport is closed"):
             arena.block(size)
     assert array.sum() == 10, "what there is stays"

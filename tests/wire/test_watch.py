@@ -65,7 +65,7 @@ def test_a_killed_shard_is_noticed_within_half_a_second(kind: str) -> None:
 @SOCKETS
 def test_an_observer_disturbs_nobody_and_may_be_silent_for_ever(kind: str) -> None:
     job = replace(JOB, num_shards=1)
-    with shards_in_threads(job, deadline_s=0.3) as (loop,):
+    with shards_in_threads(job, deadline_s=0.2) as (loop,):
         endpoints = [over(kind, loop.endpoint)]
         with (
             watched(endpoints) as (_, first),
@@ -75,7 +75,7 @@ def test_an_observer_disturbs_nobody_and_may_be_silent_for_ever(kind: str) -> No
             started = time.monotonic()
             Training(job, client, 0).run(5)
             assert loop.cut_connections().result(5) == 1, "of workers"
-            while time.monotonic() - started < 0.8:
+            while time.monotonic() - started < 0.65:
                 assert loop.delay(0.05).result(5) is None
             assert first.empty()
             assert second.empty()
@@ -164,12 +164,12 @@ def test_a_shard_that_nobody_watches_any_more_says_so() -> None:
     orphaned: queue.Queue[float] = queue.Queue()
     loop = ShardLoop(
         JOB.shard(0), server_options(JOB),
-        on_orphaned=lambda: orphaned.put(time.monotonic()), orphan_s=0.4,
+        on_orphaned=lambda: orphaned.put(time.monotonic()), orphan_s=0.3,
     )  # fmt: skip
 
     def is_silent() -> None:
         with pytest.raises(queue.Empty):
-            orphaned.get(timeout=0.8)
+            orphaned.get(timeout=0.65)
 
     with closing(loop):
         is_silent()  # nobody has watched yet
@@ -178,7 +178,7 @@ def test_a_shard_that_nobody_watches_any_more_says_so() -> None:
                 pass
             is_silent()  # one is left
         left = time.monotonic()
-        assert orphaned.get(timeout=TIMEOUT_S) - left > 0.3
+        assert orphaned.get(timeout=TIMEOUT_S) - left > 0.2
         assert not loop.observed
         with watched([loop.endpoint]):
             pass
