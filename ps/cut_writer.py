@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import os
 import threading
+import time
 from collections.abc import Callable
 from concurrent.futures import Future
 from contextlib import ExitStack, suppress
@@ -21,7 +22,7 @@ from ps.storage import Storage
 from ps.table_parts import PartTarget, PartWriter, SealedPart
 
 PIECE_BYTES = 2 << 20
-_NICENESS = 15
+_NICENESS = 19
 
 Call = Callable[[Callable[[], Any]], Future[Any]]
 """Runs a short function in the thread that owns the state."""
@@ -39,6 +40,8 @@ class WrittenCut:
     dense_slots: dict[str, F32]
     state: F32
     """float32 [s]: its slice of the non-trainable ones."""
+    seconds: float
+    """From the cut until all files were durable."""
 
 
 def write_cut(
@@ -51,6 +54,7 @@ def write_cut(
     Raises:
         StorageError: the storage refuses; the cut is closed and what was written is of no use.
     """
+    began = time.monotonic()
     parts: list[SealedPart] = []
     _yield_to_others()
     try:
@@ -66,7 +70,15 @@ def write_cut(
             assert piece is None, "pieces come in the order of the tables"
     finally:
         call(cut.close).result()
-    return WrittenCut(cut.version, cut.fences, tuple(parts), cut.dense, cut.dense_slots, cut.state)
+    return WrittenCut(
+        cut.version,
+        cut.fences,
+        tuple(parts),
+        cut.dense,
+        cut.dense_slots,
+        cut.state,
+        time.monotonic() - began,
+    )
 
 
 def _next_piece(cut: Cut, call: Call) -> Piece | None:

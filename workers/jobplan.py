@@ -17,8 +17,10 @@ from ps.snapshot import (
     complete_snapshots,
     open_snapshot,
     snapshot_location,
+    snapshot_name,
 )
 from ps.start import check_tables
+from ps.storage import Storage
 from workers.batches import ExampleReader
 from workers.config import JobConfig
 from workers.raw_inputs import column_inputs
@@ -87,7 +89,7 @@ def plan_job(job: JobConfig) -> JobPlan:
     _check_start(job)
     snapshot = start_snapshot(job)
     if snapshot is not None:
-        job = replace(job, train=replace(job.train, start_from=snapshot.location))
+        job = replace(job, train=replace(job.train, start_from=snapshot.uri))
     plan = JobPlan(
         job=job,
         train_rows=reader.num_rows,
@@ -166,7 +168,7 @@ def _check_snapshots(plan: JobPlan) -> None:
     if root is None:
         return
     steps = complete_snapshots(root)
-    taken = snapshot_location(root, plan.last_step)
+    taken = Storage.at(root).below(snapshot_name(plan.last_step)).location
     if not job.recovery.durable:
         if plan.last_step in steps:
             raise ConfigError(f"output.snapshot: there is '{taken}' already, of another run")

@@ -33,7 +33,7 @@ class SnapshotReport:
     location: str
     size_bytes: int
     seconds: float
-    """From the moment the shards were told."""
+    """From the cut until it counts."""
 
 
 Post = Callable[[str, Any, Any], None]
@@ -50,7 +50,6 @@ class Snapshots:
         self._post = post
         self._writer: SnapshotWriter | None = None
         self._parts: dict[int, WrittenCut] = {}
-        self._started = 0.0
         self._commit: threading.Thread | None = None
         self.step: int | None = None
         """Of the snapshot under way, None without one."""
@@ -61,7 +60,7 @@ class Snapshots:
         assert self.step is None, "one at a time"
         assert job.output.snapshot is not None, "snapshots have a place"
         run.shards.arm_cut(step)
-        self._started, self.step, self._parts = time.monotonic(), step, {}
+        self.step, self._parts = step, {}
         self._writer = writer = SnapshotWriter(
             job.output.snapshot,
             run.shards.embedding,
@@ -75,19 +74,21 @@ class Snapshots:
         )
         for shard, handle in enumerate(run.shards.handles):
             future = handle.write_cut.remote(writer.target(shard)).future()
-            future.add_done_callback(self._poster(step, shard))
+            future.add_done_callback(self._poster(writer, shard))
 
-    def _poster(self, step: int, shard: int) -> Callable[[Any], None]:
-        return lambda future: self._post("part", (step, shard), future)
+    def _poster(self, attempt: object, shard: int) -> Callable[[Any], None]:
+        return lambda future: self._post("part", (attempt, shard), future)
 
-    def add_part(self, step: int, shard: int, part: WrittenCut) -> None:
+    def is_under_way(self, attempt: object) -> bool:
+        """Whether a part is of the snapshot under way, not of one that was called off."""
+        return attempt is self._writer
+
+    def add_part(self, shard: int, part: WrittenCut) -> None:
         """One shard is done; after the last one the snapshot is completed by a thread.
 
         It posts ("snapshot", step, `SnapshotReport` or the error).
         """
-        if step != self.step:
-            return  # of one that was called off
-        assert part.version == step, "shards cut where they were told"
+        assert part.version == self.step, "shards cut where they were told"
         self._parts[shard] = part
         if len(self._parts) == self._run.shards.spec.num_shards:
             self._commit = threading.Thread(target=self._complete, name="snapshot", daemon=True)
@@ -135,6 +136,7 @@ class Snapshots:
         self._post("snapshot", step, result)
 
     def _written(self, writer: SnapshotWriter, step: int) -> SnapshotReport:
+        began = time.monotonic()
         run, parts = self._run, [self._parts[k] for k in sorted(self._parts)]
         for part in parts:
             writer.add_parts(part.parts)
@@ -145,7 +147,7 @@ class Snapshots:
             optimizer=run.job.train.dense_optimizer,
         )
         location = writer.commit()
-        seconds = time.monotonic() - self._started
+        seconds = max(part.seconds for part in parts) + time.monotonic() - began
         if run.recovery.durability != "none":
             assert run.job.output.snapshot is not None
             retain(run.job.output.snapshot, run.recovery.keep)

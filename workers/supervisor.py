@@ -235,16 +235,17 @@ class Supervisor:
             if self._vitals.is_watched(key):
                 raise FailedError(Failure(f"shard {value} died", shards=frozenset([value])))
         elif kind == "part":
-            step, shard = key
-            self._on_part(step, shard, value)
+            attempt, shard = key
+            if self._snapshots.is_under_way(attempt):
+                self._on_part(shard, value)
         elif kind == "snapshot":
             self._on_snapshot(key, value)
         elif kind == "stats" and (stats := self._vitals.answered(key, value)) is not None:
             self._note(stats)
 
-    def _on_part(self, step: int, shard: int, future: Any) -> None:
-        if step != self._snapshots.step:
-            return
+    def _on_part(self, shard: int, future: Any) -> None:
+        step = self._snapshots.step
+        assert step is not None, "it is under way"
         try:
             part = future.result()
         except ray.exceptions.RayActorError:
@@ -253,7 +254,7 @@ class Supervisor:
             self._snapshots.call_off(shards_too=True)
             self._on_failed_snapshot(step, plain_error(e))
             return
-        self._snapshots.add_part(step, shard, part)
+        self._snapshots.add_part(shard, part)
 
     def _on_snapshot(self, step: int, result: SnapshotReport | BaseException) -> None:
         if isinstance(result, SnapshotReport):

@@ -132,8 +132,8 @@ def _cost_lines(costs: dict[Durability, Watched]) -> str:
             f"steps. While one is written, training makes **{kept:.0%}** of the steps that it "
             "makes in spans as long before and after (median; wanted 85%). A snapshot takes "
             f"{median(w.seconds for w in windows):.1f} s "
-            f"({median(w.size_bytes / w.seconds for w in windows) / 1e9:.2f} GB/s), from the "
-            "moment the shards are told, which is up to two reports before the cut.\n",
+            f"({median(w.size_bytes / w.seconds for w in windows) / 1e9:.2f} GB/s), from the cut "
+            "until its manifest is in place; the threads that write have the lowest priority.\n",
             "| snapshot | seconds | GB/s | steps/s meanwhile | steps/s beside | ratio |",
             "|---|---|---|---|---|---|",
             *(_window_row(k + 1, w) for k, w in enumerate(windows)),

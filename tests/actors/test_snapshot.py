@@ -15,7 +15,7 @@ from ps.errors import ConfigError, IdRangeError, SnapshotError
 from ps.snapshot import Snapshot, open_snapshot
 from tests.support.jobs import every_optimizer_job, write_examples
 from tests.support.models import build_mlp
-from tests.support.runs import take_snapshot, train_steps
+from tests.support.runs import bits, take_snapshot, train_steps
 from workers.config import JobConfig
 from workers.job import Run, TrainResult, running, train
 from workers.jobplan import plan_job
@@ -43,18 +43,6 @@ def job_on(data: Path, snapshot: Path, *, start: Path | None = None, shards: int
         train=replace(job.train, epochs=1, start_from=start),
         output=replace(job.output, snapshot=snapshot),
     )
-
-
-def bits(snapshot: Snapshot) -> dict[str, bytes]:
-    """Every array of a snapshot."""
-    out = {}
-    for table in snapshot.tables:
-        out[table.name] = table.rows.tobytes()
-        out |= {f"{table.name}/{slot}": table.slot(slot).tobytes() for slot in table.slot_names}
-    assert snapshot.dense is not None
-    dense = snapshot.dense.values()
-    out |= {f"dense/{name}": values.tobytes() for name, values in dense.slots.items()}
-    return out | {"dense": dense.trainable.tobytes(), "state": dense.state.tobytes()}
 
 
 @pytest.fixture(scope="module")

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import os
 import socket
 import threading
 import time
@@ -240,6 +241,9 @@ EMPTY = EMPTY.tobytes()
 
 # --- memory
 
+STALL_S = float(os.environ.get("MANTA_STALL_S", "1"))
+"""How long a shard stands still; docs/testing.md says what longer ones showed."""
+
 
 def arena_bytes(transport: WireTransport) -> int:
     assert isinstance(transport.memory, Arena)
@@ -297,7 +301,7 @@ def test_a_shard_that_stands_still_takes_no_memory(kind: str) -> None:
                 if not done.wait(0.3) and workers.steps == before:
                     break
             stood, memory = workers.steps, rss_bytes()
-            assert not done.wait(1.0)
+            assert not done.wait(STALL_S)
             grown = rss_bytes() - memory
             assert workers.steps == stood
             shards[1].go_on()
