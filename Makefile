@@ -8,7 +8,7 @@ DEMO   := runs/demo
 SOURCES := manta.py $(shell find ps workers serving -name '*.py')
 TESTS   := $(shell find tests -name '*.py') $(wildcard configs/*.yaml) pyproject.toml
 
-.PHONY: demo test retest parity fast faults check lint types imports format bench bench-kernels bench-ps install clean
+.PHONY: demo test retest parity fast faults check lint types imports format bench bench-kernels bench-ps bench-recovery install clean
 
 ## demo: make data, train on 2 shards and 2 workers, export, serve, ask one lookup over HTTP
 demo: $(DEMO)/export/LATEST
@@ -36,10 +36,10 @@ retest:
 	@rm -f $(MADE)/tested
 	@$(MAKE) --no-print-directory test
 
-# Tests without Ray run in two processes; those with Ray start processes of their own.
+# In two processes each; those with Ray have a Ray of their own in each.
 $(MADE)/tested: $(MADE)/installed-dev $(SOURCES) $(TESTS)
 	$(BIN)/pytest -n 2 --dist loadfile tests/unit tests/wire tests/parity ps workers serving
-	$(BIN)/pytest tests/actors tests/faults tests/e2e
+	$(BIN)/pytest -n 2 --dist loadfile tests/actors tests/faults tests/e2e
 	@touch $@
 
 ## parity: all random comparisons with stock TensorFlow, 20 times as many as in `make test`
@@ -81,6 +81,11 @@ bench-ps: $(MADE)/installed-bench
 	$(BIN)/python -m benchmarks.ps --write
 	$(BIN)/python -m benchmarks.dlrm --write
 	$(BIN)/python -m benchmarks.scaling --write
+
+## bench-recovery: what snapshots and logs cost, and how long a killed shard takes to come back;
+## writes docs/benchmarks-recovery.md
+bench-recovery: $(MADE)/installed
+	$(BIN)/python -m benchmarks.recovery --write
 
 ## install: the virtual environment with everything needed to train and serve
 install: $(MADE)/installed
