@@ -140,9 +140,9 @@ class Vitals:
             self.end_watch()
 
     def watch(self) -> None:
-        """Connect to the shards of now: a connection ends with its shard, and at once.
+        """Connect to the shards of now: a connection ends with its shard's process.
 
-        Ray would take a second or two to say so.
+        The system says so at once, whatever state Ray is in, and whether or not a call is pending.
         """
         self.end_watch()
         access, self._watched = self._run.access, (watched := object())
