@@ -10,7 +10,7 @@ from __future__ import annotations
 import queue
 import time
 from collections.abc import Callable, Sequence
-from dataclasses import dataclass, replace
+from dataclasses import dataclass
 from typing import Any, TypeVar
 
 import ray
@@ -81,6 +81,8 @@ class Supervisor:
         self._version = self._vitals.newest_version
         self._bunches = Bunches(run, bunch_ends(plan), self._version, self._post)
         self._recovering: _Recovering | None = None
+        self._stepping = False
+        """Whether steps are to be made: only then is it a failure that none is."""
 
     def train(self) -> None:
         """Run all steps that are left; all pushes have been applied when it returns.
@@ -137,7 +139,6 @@ class Supervisor:
         for future in futures:
             future.add_done_callback(lambda _: self._post("answer", None, None))
         deadline = self._clock() + timeout_s
-        self._vitals.moved()
         while left := [f for f in futures if not f.done()]:
             if self._clock() > deadline:
                 raise JobError(
@@ -154,9 +155,14 @@ class Supervisor:
     # Steps
 
     def _all_steps(self) -> None:
-        while self._queue_bunches() or not self._bunches.done:
-            self._on_event()
-        self._finish()
+        self._stepping = True
+        self._vitals.moved()
+        try:
+            while self._queue_bunches() or not self._bunches.done:
+                self._on_event()
+            self._finish()
+        finally:
+            self._stepping = False
         while self._recovering is not None:
             self._look()
             self._on_event()
@@ -203,13 +209,8 @@ class Supervisor:
         self._note(stats)
         if not sum(report.steps for report in reports):
             return
-        before = [
-            b if b.rows_pulled <= a.rows_pulled and b.rows_pushed <= a.rows_pushed
-            else replace(a, rows_pulled=0, rows_pushed=0, staleness=())
-            for b, a in zip(self._reported_stats, stats, strict=True)
-        ]  # fmt: skip
         done = bunch.end - self._plan.first_step
-        elapsed_s = now - self._reported_at
+        elapsed_s, before = now - self._reported_at, self._reported_stats
         progress = Progress.of(self._plan, done, reports, elapsed_s, before, stats)
         self._reported_stats, self._reported_at = stats, now
         self._tell("progress", progress)
@@ -281,7 +282,7 @@ class Supervisor:
         soon = self._recovering is not None
         self._vitals.look(_LOOK_SOON_S if soon else _LOOK_S)
         deadline_s = self._recovery.step_deadline_s
-        if self._durable and self._vitals.still_s > deadline_s:
+        if self._durable and self._stepping and self._vitals.still_s > deadline_s:
             raise FailedError(self._vitals.stuck(deadline_s))
 
     def _note(self, stats: list[ShardStats]) -> None:

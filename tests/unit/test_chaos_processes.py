@@ -79,13 +79,18 @@ def test_all_that_carry_a_mark_are_ended_even_if_they_stand_still() -> None:
 
 
 def test_cleaning_up_is_not_interrupted() -> None:
+    # Processes that a shell starts in the background ignore Ctrl-C from the start.
+    at_first = signal.signal(signal.SIGINT, signal.default_int_handler)
     before = signal.getsignal(signal.SIGTERM)
-    with uninterrupted():
-        for number in (signal.SIGINT, signal.SIGTERM):
-            os.kill(os.getpid(), number)
-    assert signal.getsignal(signal.SIGTERM) == before
-    with pytest.raises(KeyboardInterrupt):
-        signal.raise_signal(signal.SIGINT)
+    try:
+        with uninterrupted():
+            for number in (signal.SIGINT, signal.SIGTERM):
+                os.kill(os.getpid(), number)
+        assert signal.getsignal(signal.SIGTERM) == before
+        with pytest.raises(KeyboardInterrupt):
+            signal.raise_signal(signal.SIGINT)
+    finally:
+        signal.signal(signal.SIGINT, at_first)
 
 
 def test_a_wait_ends_without_success() -> None:
