@@ -36,10 +36,10 @@ retest:
 	@rm -f $(MADE)/tested
 	@$(MAKE) --no-print-directory test
 
-# In two processes each; those with Ray have a Ray of their own in each.
+# In two processes each; those with Ray have a Ray of their own in each, and the longest files first.
 $(MADE)/tested: $(MADE)/installed-dev $(SOURCES) $(TESTS)
 	$(BIN)/pytest -n 2 --dist loadfile tests/unit tests/wire tests/parity ps workers serving
-	$(BIN)/pytest -n 2 --dist loadfile tests/actors tests/faults tests/e2e
+	$(BIN)/pytest -n 2 --dist loadfile --no-loadscope-reorder tests/e2e tests/faults tests/actors
 	@touch $@
 
 ## parity: all random comparisons with stock TensorFlow, 20 times as many as in `make test`

@@ -134,7 +134,10 @@ class Supervisor:
                 self._recover(failure)
 
     def _results(self, refs: Sequence[Any], timeout_s: float, what: str) -> list[Any]:
-        """What all workers answer; while they are waited for, nothing else goes unnoticed."""
+        """What all workers answer; while they are waited for, nothing else goes unnoticed.
+
+        The first error is raised at once: others may wait for what will never come.
+        """
         futures = [ref.future() for ref in refs]
         for future in futures:
             future.add_done_callback(lambda _: self._post("answer", None, None))
@@ -145,6 +148,9 @@ class Supervisor:
                     f"{len(left)} of {len(refs)} workers had not {what} after {timeout_s:g} s"
                 )
             self._on_event()
+            for future in futures:
+                if future.done():
+                    future.result()
         return [future.result() for future in futures]
 
     def _finish(self) -> None:

@@ -15,7 +15,7 @@ import ray
 from ps.errors import JobError, SnapshotError
 from ps.snapshot import complete_snapshots
 from tests.support.jobs import every_optimizer_job, write_examples
-from tests.support.runs import AtStep, bits, kill
+from tests.support.runs import AtSnapshot, AtStep, bits, kill
 from workers.config import JobConfig
 from workers.job import TrainResult, train
 from workers.recovery_config import Durability, RecoveryConfig
@@ -36,15 +36,15 @@ def job(
     workers: int = 2,
     **recovery: Any,
 ) -> JobConfig:
-    """Sixty steps, a snapshot every twenty."""
+    """150 steps, a snapshot every 50."""
     made = every_optimizer_job(data, shards=shards, workers=workers)
     return replace(
         made,
         name=f"recovers-{folder.name}"[:60],
         data=replace(made.data, test=None),
-        train=replace(made.train, epochs=6, lookahead=1, report_every=5, ranks=2),
+        train=replace(made.train, epochs=15, lookahead=1, report_every=5, ranks=2),
         output=replace(made.output, snapshot=folder / "snapshots", export=None),
-        recovery=RecoveryConfig(durability=durability, snapshot_every=20, **recovery),
+        recovery=RecoveryConfig(durability=durability, snapshot_every=50, **recovery),
     )
 
 
@@ -52,7 +52,7 @@ def job(
 def undisturbed(data: Path, tmp_path_factory: pytest.TempPathFactory, ray_session: None) -> Any:
     result = train(job(data, tmp_path_factory.mktemp("undisturbed")))
     assert result.snapshot is not None
-    assert result.steps == 60
+    assert result.steps == 150
     return bits(result.snapshot)
 
 
@@ -79,13 +79,13 @@ def test_killed_processes_are_replaced_and_no_bit_differs(
     action: str,
 ) -> None:
     disturbed = job(data, tmp_path, durability)
-    seen = AtStep(30, kill(*(f"{disturbed.name}-{victim}" for victim in victims)))
+    seen = AtStep(75, kill(*(f"{disturbed.name}-{victim}" for victim in victims)))
     result = train(disturbed, [seen])
     (recovery,) = seen.recoveries
     assert recovery.action == action
     assert recovery.total_s < 60
     assert final_bits(result) == undisturbed
-    assert complete_snapshots(tmp_path / "snapshots")[-1] == 60
+    assert complete_snapshots(tmp_path / "snapshots")[-1] == 150
     assert ray.util.list_named_actors(all_namespaces=True) == []
 
 
@@ -93,7 +93,7 @@ def test_a_worker_that_hangs_is_replaced_after_the_step_deadline(
     data: Path, tmp_path: Path, undisturbed: dict[str, bytes]
 ) -> None:
     disturbed = job(data, tmp_path, step_deadline_s=8.0)
-    seen = AtStep(30, kill(f"{disturbed.name}-worker-0", with_signal=signal.SIGSTOP))
+    seen = AtStep(75, kill(f"{disturbed.name}-worker-0", with_signal=signal.SIGSTOP))
     result = train(disturbed, [seen])
     (recovery,) = seen.recoveries
     assert recovery.action == "replace_worker"
@@ -111,11 +111,11 @@ def leave() -> None:
 
 @pytest.fixture(scope="module")
 def interrupted(data: Path, tmp_path_factory: pytest.TempPathFactory, ray_session: None) -> Path:
-    """What a run on three shards left behind that ended after 45 steps or some more."""
+    """What a run on three shards left behind that ended after its second snapshot."""
     folder = tmp_path_factory.mktemp("interrupted")
     with pytest.raises(LeaveError):
-        train(job(data, folder, shards=3), [AtStep(45, leave)])
-    assert complete_snapshots(folder / "snapshots")[-1] == 40
+        train(job(data, folder, shards=3), [AtSnapshot(100, leave)])
+    assert complete_snapshots(folder / "snapshots") == [50, 100]
     return folder
 
 
@@ -135,7 +135,7 @@ def test_a_run_that_ended_goes_on_with_other_numbers_of_shards_and_workers(
 ) -> None:
     folder = left_by(interrupted, tmp_path)
     result = train(job(data, folder, shards=shards, workers=workers), [])
-    assert result.resumed_step == 40
+    assert result.resumed_step == 100
     assert final_bits(result) == undisturbed
 
 
@@ -149,11 +149,11 @@ def test_a_snapshot_that_fails_leaves_the_one_before_and_training_goes_on(
         shard = ray.get_actor(f"{disturbed.name}-shard-1", "manta")
         ray.get(shard.inject.remote("disk", 2), timeout=60)
 
-    seen = AtStep(25, full_disk)
+    seen = AtSnapshot(50, full_disk)
     result = train(disturbed, [seen])
     assert len(seen.failed_snapshots) == 1
     assert "No space left on device" in seen.failed_snapshots[0]
-    assert complete_snapshots(tmp_path / "snapshots") == [20, 60]
+    assert complete_snapshots(tmp_path / "snapshots") == [50, 150]
     assert final_bits(result) == undisturbed
 
 
@@ -173,7 +173,7 @@ def test_a_worker_that_dies_again_and_again_ends_the_job_with_the_cause(
 
 def test_a_damaged_snapshot_is_named(data: Path, interrupted: Path, tmp_path: Path) -> None:
     folder = left_by(interrupted, tmp_path)
-    newest = folder / "snapshots" / "step-000000040"
+    newest = folder / "snapshots" / "step-000000100"
     damaged = max(newest.glob("*.arrow"), key=lambda path: path.stat().st_size)
     content = bytearray(damaged.read_bytes())
     content[len(content) // 2] ^= 1

@@ -16,6 +16,7 @@ from workers.listener import Listener
 from workers.recovery import Recovery
 from workers.report import Progress
 from workers.run import Run
+from workers.snapshots import SnapshotReport
 from workers.supervisor import Supervisor
 
 
@@ -66,15 +67,28 @@ class AtStep(Listener):
 
     def progress(self, progress: Progress) -> None:
         self.steps.append(progress.step)
-        if self._act is not None and progress.step >= self._step:
-            act, self._act = self._act, None
-            act()
+        self._at(progress.step)
 
     def recovered(self, recovery: Recovery) -> None:
         self.recoveries.append(recovery)
 
     def snapshot_failed(self, step: int, error: str) -> None:
         self.failed_snapshots.append(error)
+
+    def _at(self, step: int) -> None:
+        if self._act is not None and step >= self._step:
+            act, self._act = self._act, None
+            act()
+
+
+class AtSnapshot(AtStep):
+    """The same once the snapshot of that step is complete."""
+
+    def progress(self, progress: Progress) -> None:
+        self.steps.append(progress.step)
+
+    def snapshot(self, report: SnapshotReport) -> None:
+        self._at(report.step)
 
 
 def kill(*names: str, with_signal: int = signal.SIGKILL) -> Callable[[], None]:

@@ -106,3 +106,15 @@ def test_a_step_that_takes_too_long_is_put_down_to_its_worker() -> None:
         supervisor.train()
     assert run.replaced == [frozenset([0])]
     assert clock.now < 10 * DEADLINE_S
+
+
+def test_the_first_error_is_raised_while_others_wait() -> None:
+    clock, failed = Clock(), Future[Any]()
+    failed.set_exception(JobError("no rate for step 3"))
+    answers = iter([Future[Any](), failed])
+    run = a_run(clock, run_to=Remote(lambda end: []), finish=Remote(lambda: next(answers)))
+    run.workers *= 2
+    run.recovery.durability = "none"
+    supervisor = Supervisor(run, a_plan(run, 3), [], clock)
+    with pytest.raises(JobError, match="no rate for step 3"):
+        supervisor.train()
