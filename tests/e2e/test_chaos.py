@@ -21,14 +21,11 @@ def folder(manta: Manta, tmp_path_factory: pytest.TempPathFactory) -> Path:
     return made
 
 
-@pytest.mark.parametrize("durability", ["log", "snapshot"])
-def test_random_kills_change_no_bit(
-    manta: Manta, configs: Path, folder: Path, durability: str
-) -> None:
+def test_random_kills_change_no_bit(manta: Manta, configs: Path, folder: Path) -> None:
     settings = {
-        "recovery.durability": durability,
+        "recovery.durability": "log",
         "recovery.snapshot_every": 100,
-        "train.epochs": 80,
+        "train.epochs": 50,
         "train.lookahead": 1,
         "cluster.workers": 1,
         "tables.users.optimizer.learning_rate": 0.01,
@@ -42,5 +39,5 @@ def test_random_kills_change_no_bit(
     report = json.loads(run.stdout)
     assert report["good"]
     assert report["kills"] >= 3
-    assert report["durability"] == durability
+    assert report["durability"] == "log"
     assert all(r["identical"] for r in report["rounds"])

@@ -38,7 +38,7 @@ def test_a_driver_started_again_takes_over_the_shards(tmp_path: Path) -> None:
     settings = {
         "data.train": tmp_path / "data/train.parquet",
         "data.test": "null",
-        "train.epochs": 60,
+        "train.epochs": 250,
         "train.report_every": 20,
         "output.export": "null",
         "output.metrics": metrics,
