@@ -4,20 +4,9 @@ from __future__ import annotations
 
 from collections.abc import Iterable, Iterator, Mapping
 
-from ps.export_file import RowFile, read_rows, write_rows
+from ps.export_file import RowFile, write_rows
 from ps.ragged import F32
 from ps.shard import ShardState
-
-
-def load_pieces(
-    state: ShardState, table: str, rows: RowFile, slots: Mapping[str, RowFile]
-) -> Iterator[None]:
-    """Take this shard's rows and slots of a table from a snapshot's files, slab by slab."""
-    for slab, row_view, slot_views in state.slabs(table):
-        read_rows(rows, slab.first_id, row_view)
-        for name, slot_view in slot_views.items():
-            read_rows(slots[name], slab.first_id, slot_view)
-        yield
 
 
 def load_rows(

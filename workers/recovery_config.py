@@ -14,8 +14,6 @@ Durability = Literal["none", "snapshot", "log"]
 SCHEMES = ("s3", "gs")
 """Of object stores."""
 _URI = re.compile(r"([A-Za-z][A-Za-z0-9+.-]*):/")
-_MADE_FOR_NOTHING = ("snapshot_every", "keep", "log")
-"""What has an effect with a durability only."""
 
 
 class HasSnapshots(Protocol):
@@ -65,7 +63,7 @@ class RecoveryConfig:
             raise ConfigError("log is for durability log; durability is snapshot")
         for option in fields(self):
             changed = getattr(self, option.name) != option.default
-            if changed and not self.durable and option.name in _MADE_FOR_NOTHING:
+            if changed and not self.durable:
                 raise ConfigError(
                     f"{option.name} would have no effect: durability is none; set it to snapshot "
                     "or log"

@@ -61,7 +61,7 @@ class Run:
     def __init__(self, job: JobConfig) -> None:
         self.job = job = job.with_absolute_paths()
         self.recovery = job.recovery
-        durable = self.recovery.durability != "none"
+        durable = self.recovery.durable
         own = own_snapshot(job)
         start = start_snapshot(job)
         self._base = own or start
@@ -136,7 +136,7 @@ class Run:
 
         With durability, what dies meanwhile is started anew, a bounded number of times.
         """
-        retries = 0 if self.recovery.durability == "none" else self.recovery.retries
+        retries = 0 if not self.recovery.durable else self.recovery.retries
         for attempt in range(retries + 1):
             try:
                 self.resumed_step = self._start().step

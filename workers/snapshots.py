@@ -148,7 +148,7 @@ class Snapshots:
         )
         location = writer.commit()
         seconds = max(part.seconds for part in parts) + time.monotonic() - began
-        if run.recovery.durability != "none":
+        if run.recovery.durable:
             assert run.job.output.snapshot is not None
             retain(run.job.output.snapshot, run.recovery.keep)
         size = sum(part.size_bytes for cut in parts for part in cut.parts)

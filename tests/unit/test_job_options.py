@@ -130,8 +130,7 @@ def test_nothing_is_kept_unless_asked() -> None:
     recovery = job_of().recovery
     assert (recovery.durability, recovery.durable, recovery.boundary_every) == ("none", False, 0)
     assert recovery.log_folder(job_of().output) is None
-    # What a driver that mends nothing never looks at does no harm.
-    assert not recovering(None, retries=1, step_deadline_s=1, orphan_timeout_s=1).recovery.durable
+    assert not recovering(None, retries=5, step_deadline_s=300).recovery.durable  # the defaults
 
 
 def test_a_durability_says_where_everything_goes() -> None:
@@ -165,6 +164,9 @@ def test_a_durability_says_where_everything_goes() -> None:
         ("x", {"snapshot_every": 10}, r"recovery: snapshot_every would have no effect"),
         ("x", {"keep": 1}, r"recovery: keep would have no effect"),
         ("x", {"log": "y"}, r"recovery: log would have no effect"),
+        ("x", {"retries": 1}, r"recovery: retries would have no effect"),
+        ("x", {"step_deadline_s": 1}, r"recovery: step_deadline_s would have no effect"),
+        ("x", {"orphan_timeout_s": 1}, r"recovery: orphan_timeout_s would have no effect"),
         (
             "x",
             {"durability": "log", "snapshot_every": 0},
